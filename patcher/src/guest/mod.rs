@@ -1,0 +1,51 @@
+//! What a stopped guest is: its memory, its vCPUs' registers, and the right to change it.
+//!
+//! [`GuestMemory`] reads guest-physical memory and may be implemented by anything, running or not.
+//! [`StoppedGuest`] is the witness that every vCPU is parked; only through it can guest memory be
+//! written. A hypervisor implements it on the guard that keeps the vCPUs parked, so that a write
+//! to a running guest does not compile.
+
+mod address;
+#[cfg(test)]
+pub(crate) mod fake;
+mod image;
+mod memory;
+mod vcpu;
+
+pub use address::{Gpa, Gva, LinkAddr, Slide};
+pub use image::{MemoryImage, MemoryImageError};
+pub use memory::{GuestMemory, MemoryError, RamRange};
+pub use vcpu::{Activity, Vcpu, VcpuRegisters};
+
+/// A guest all of whose vCPUs are parked outside guest mode, with their registers synchronised.
+///
+/// Ordering law: a value of an implementing type exists only while the vCPUs are parked, and
+/// dropping it lets them go on. After [`StoppedGuest::write`] changed guest text, each vCPU
+/// executes a serialising instruction on the host before it enters the guest again; the
+/// implementation does this without being asked.
+pub trait StoppedGuest: GuestMemory {
+    /// The vCPUs in index order, as they were when the guest stopped.
+    fn vcpus(&self) -> &[Vcpu];
+
+    /// Writes guest-physical memory. The whole range is written or none of it.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`] when any byte of the range is not guest RAM or an arena slot.
+    fn write(&mut self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError>;
+
+    /// Adds a block of zeroed memory to the guest-physical address space, outside guest RAM and
+    /// within the guest's physical address width, aligned to 2 MiB.
+    ///
+    /// A `read_only` block cannot be written by the guest at all (its page tables do not matter);
+    /// [`StoppedGuest::write`] still can.
+    ///
+    /// # Errors
+    /// [`MemoryError::NoSlot`] when the hypervisor has no room for it.
+    fn add_block(&mut self, len: u64, read_only: bool) -> Result<Gpa, MemoryError>;
+
+    /// Takes a block away again and flushes every translation that led to it.
+    ///
+    /// # Errors
+    /// [`MemoryError::NoSlot`] when no block of [`StoppedGuest::add_block`] starts at `at`.
+    fn remove_block(&mut self, at: Gpa) -> Result<(), MemoryError>;
+}

@@ -1,0 +1,209 @@
+//! What is checked while the guest is stopped, before anything is written.
+
+use std::ops::Range;
+
+use super::PatchError;
+use super::knowledge::{Function, Knowledge};
+use super::ledger::Ledger;
+use super::report::{Evidence, FtraceMark};
+use crate::guest::{Activity, Gva, LinkAddr, StoppedGuest, Vcpu};
+use crate::space::Located;
+use crate::tasks::{Context, Found, Hit, Windows, scan};
+use crate::text::{MAX_INSTRUCTION, NOP5, Rewritten, branches_into, hex, whole};
+
+/// Longest function whose jumps are followed.
+const MAX_FUNCTION: u64 = 1 << 20;
+
+/// A stopped guest whose kernel was found.
+pub(super) struct Check<'a> {
+    pub(super) know: &'a Knowledge,
+    pub(super) located: &'a Located,
+    pub(super) rewritten: &'a Rewritten,
+    pub(super) guest: &'a dyn StoppedGuest,
+}
+
+impl Check<'_> {
+    /// The guest is not changing its own text.
+    pub(super) fn idle(&self) -> Result<(), PatchError> {
+        let space = self.located.space(&self.guest);
+        match self.know.busy.check(&space, self.located)? {
+            Some(busy) => Err(busy.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Nobody uses `len` bytes at `at` who would mind: no change of ours, no jump label or static
+    /// call, and no kprobe from `from` on. Tells how ftrace has to be kept away.
+    pub(super) fn owners(
+        &self,
+        ledger: &Ledger,
+        from: LinkAddr,
+        at: LinkAddr,
+        len: u64,
+    ) -> Result<Option<FtraceMark>, PatchError> {
+        let slide = self.located.slide;
+        let owned = |at: LinkAddr, owner: String| PatchError::Owned {
+            at: at.at(slide),
+            owner,
+        };
+        if let Some(id) = ledger.overlap(at.at(slide), len) {
+            return Err(owned(at, format!("change {id}; revert that first")));
+        }
+        if let Some((site, rewriter)) = self.rewritten.overlap(&self.know.kernel, at, len) {
+            return Err(owned(site, format!("{rewriter}, which the guest rewrites")));
+        }
+        let space = self.located.space(&self.guest);
+        if let Some(kprobes) = &self.know.kprobes {
+            let range = from.at(slide)..at.offset(len).at(slide);
+            if let Some(probe) = kprobes.inside(&space, self.located, &range)? {
+                return Err(PatchError::Owned {
+                    at: probe,
+                    owner: "a kprobe of the guest".into(),
+                });
+            }
+        }
+        let Some(ftrace) = &self.know.ftrace else {
+            return Ok(None);
+        };
+        // A record is about five bytes: one that begins just before them counts as well.
+        let reach = NOP5.len() as u64 - 1;
+        let first = LinkAddr(at.0.saturating_sub(reach)).max(from);
+        let whole = len + at.distance_from(first);
+        let Some(record) = ftrace.find(&space, self.located, first.at(slide), whole)? else {
+            return Ok(None);
+        };
+        if record.in_use {
+            let what = format!(
+                "ftrace (flags {:#x}): something traces or patches it",
+                record.flags
+            );
+            return Err(owned(at, what));
+        }
+        Ok(Some(FtraceMark {
+            at: record.at,
+            before: record.flags,
+            after: record.marked,
+            size: record.size,
+        }))
+    }
+
+    /// The bytes at `at` are the expected ones.
+    pub(super) fn expect(&self, at: Gva, expected: &[u8]) -> Result<(), PatchError> {
+        let mut found = vec![0; expected.len()];
+        self.located.space(&self.guest).read(at, &mut found)?;
+        match expected.iter().zip(&found).position(|(a, b)| a != b) {
+            None => Ok(()),
+            Some(first) => Err(PatchError::Mismatch {
+                at,
+                expected: hex(expected),
+                found: hex(&found),
+                first,
+            }),
+        }
+    }
+
+    /// The bytes from the start of `function` to beyond `end`.
+    pub(super) fn code(&self, function: &Function, end: LinkAddr) -> Result<Vec<u8>, PatchError> {
+        let slide = self.located.slide;
+        let space = self.located.space(&self.guest);
+        let start = function.start.at(slide);
+        let len = end.distance_from(function.start);
+        if len > MAX_FUNCTION {
+            return Err(PatchError::Request(format!(
+                "{} is {len:#x} bytes long, too long to be decoded",
+                function.name
+            )));
+        }
+        let len = usize::try_from(len).unwrap_or(0);
+        let mut code = vec![0; len + MAX_INSTRUCTION];
+        // The last function of the text may end with its mapping.
+        if space.read(start, &mut code).is_err() {
+            code.truncate(len);
+            space.read(start, &mut code)?;
+        }
+        Ok(code)
+    }
+
+    /// No jump of the function, or of its `.cold` part, leads to where the new bytes have no
+    /// instruction.
+    pub(super) fn no_jump_inside(
+        &self,
+        function: &Function,
+        bytes: &Range<Gva>,
+        new: &[u8],
+    ) -> Result<(), PatchError> {
+        let begins = whole(bytes.start, new)?;
+        let mut parts = vec![function.clone()];
+        let cold = format!("{}.cold", function.name);
+        let symbols = self.know.kernel.symbols();
+        parts.extend(symbols.named(&cold).filter_map(|symbol| {
+            Some(Function {
+                name: cold.clone(),
+                start: symbol.address()?,
+                size: symbol.size()?,
+            })
+        }));
+        for part in parts {
+            let end = part.start.offset(part.size.min(MAX_FUNCTION));
+            let code = self.code(&part, end)?;
+            let start = part.start.at(self.located.slide);
+            for (from, to) in branches_into(start, &code, bytes) {
+                let offset = usize::try_from(to.distance_from(bytes.start)).unwrap_or(0);
+                if offset != 0 && !begins.contains(&offset) {
+                    return Err(PatchError::JumpInside { from, to });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// No context is inside `bytes`: beyond the first of them, or at it with an instruction begun.
+    /// Where one instruction takes the place of one, no task can be inside.
+    pub(super) fn nobody_inside(
+        &self,
+        bytes: &Range<Gva>,
+        one_instruction: bool,
+    ) -> Result<Evidence, PatchError> {
+        let hits: Vec<_> = self
+            .guest
+            .vcpus()
+            .iter()
+            .filter(|vcpu| is_inside(vcpu, bytes))
+            .map(|vcpu| Hit {
+                context: Context::Vcpu { index: vcpu.index },
+                found: Found::Register("rip"),
+                address: Gva(vcpu.registers.rip),
+            })
+            .collect();
+        if !hits.is_empty() {
+            return Err(PatchError::Occupied { hits });
+        }
+        if one_instruction {
+            return Ok(Evidence::SingleInstruction);
+        }
+        let windows = Windows::new([bytes.start.offset(1)..bytes.end]);
+        let space = self.located.space(&self.guest);
+        let scanned = scan(
+            &space,
+            self.located,
+            &self.know.tasks,
+            self.guest.vcpus(),
+            &windows,
+        )?;
+        if !scanned.is_clear() {
+            return Err(PatchError::Occupied { hits: scanned.hits });
+        }
+        Ok(Evidence::ScanClear {
+            tasks: scanned.tasks,
+            vcpus: scanned.vcpus,
+        })
+    }
+}
+
+fn is_inside(vcpu: &Vcpu, bytes: &Range<Gva>) -> bool {
+    let at = Gva(vcpu.registers.rip);
+    vcpu.activity != Activity::NotStarted
+        && vcpu.cpl() != 3
+        && bytes.contains(&at)
+        && (at != bytes.start || vcpu.reinjects)
+}

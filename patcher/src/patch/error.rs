@@ -1,0 +1,177 @@
+//! Why a change was refused. Whatever the reason, the guest is as it was.
+
+use super::EntryId;
+use super::code::{LinkError, ObjectError};
+use crate::arena::ArenaError;
+use crate::guest::Gva;
+use crate::space::{LayoutError, LocateError, SpaceError};
+use crate::symbols::SiteError;
+use crate::tasks::{Hit, TaskError};
+use crate::text::{Busy, DecodeError, FtraceError, RegionError, WriteError};
+
+/// Why a change was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PatchError {
+    /// The kernel's file lacks something.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The site is not known.
+    #[error(transparent)]
+    Site(#[from] SiteError),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Request(String),
+    /// The place is out of bounds.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// The bytes are not whole instructions.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// A jump leads into the middle of the bytes, where no instruction would begin any more.
+    #[error(
+        "the instruction at {from} jumps to {to}, inside the bytes, where no new instruction begins"
+    )]
+    JumpInside {
+        /// The jump.
+        from: Gva,
+        /// Where it leads.
+        to: Gva,
+    },
+    /// The new code cannot be used.
+    #[error("the new code cannot be used")]
+    Code(#[from] ObjectError),
+    /// The new code does not reach what it refers to.
+    #[error("the new code cannot be placed")]
+    Link(#[from] LinkError),
+    /// The kernel is not there.
+    #[error(transparent)]
+    Locate(#[from] LocateError),
+    /// The kernel that had been found is gone, and what was changed in it.
+    #[error("the guest's kernel is gone ({why}), and with it {} changes", lost.len())]
+    Gone {
+        /// What is there now.
+        why: String,
+        /// Changes that were in it.
+        lost: Vec<EntryId>,
+    },
+    /// The guest is changing its text.
+    #[error(transparent)]
+    Busy(#[from] Busy),
+    /// The bytes are not those that were expected.
+    #[error(
+        "the guest has other bytes at {at}: expected {expected}, found {found}; they differ from byte {first:#x} on"
+    )]
+    Mismatch {
+        /// Address of the first byte of all.
+        at: Gva,
+        /// What was expected.
+        expected: String,
+        /// What is there.
+        found: String,
+        /// Index of the first byte that differs.
+        first: usize,
+    },
+    /// The guest changed bytes of ours, so they cannot be put back.
+    #[error(
+        "change {id} cannot be taken back: the byte at {at} is {found:#04x} and no longer our {ours:#04x}; the guest has changed it"
+    )]
+    NotOurs {
+        /// The change.
+        id: EntryId,
+        /// The first byte that is not ours.
+        at: Gva,
+        /// What we had written.
+        ours: u8,
+        /// What is there.
+        found: u8,
+    },
+    /// Somebody else uses these bytes.
+    #[error("the bytes at {at} belong to {owner}")]
+    Owned {
+        /// Where.
+        at: Gva,
+        /// Whose they are.
+        owner: String,
+    },
+    /// A context may be inside the bytes.
+    #[error("a context may be inside the bytes: {}; try again", first_of(hits))]
+    Occupied {
+        /// Who.
+        hits: Vec<Hit>,
+    },
+    /// The tasks could not be told.
+    #[error(transparent)]
+    Tasks(#[from] TaskError),
+    /// Guest memory could not be read.
+    #[error("guest memory cannot be read")]
+    Read(#[from] SpaceError),
+    /// ftrace's records could not be read, or have nothing for a function that ftrace owns.
+    #[error("ftrace cannot be kept away from the function")]
+    Ftrace(#[from] FtraceError),
+    /// The arena has a problem.
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+    /// Writing failed.
+    #[error("the guest's text cannot be written")]
+    Write(#[from] WriteError),
+    /// There is no such change.
+    #[error("there is no change {id} in the guest")]
+    NoSuchEntry {
+        /// As it was given.
+        id: EntryId,
+    },
+}
+
+impl PatchError {
+    /// Whether it may go better after the guest ran on for a moment.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::Busy(_) | Self::Occupied { .. } => true,
+            Self::Tasks(error) => error.passes(),
+            Self::Locate(error) => matches!(error, LocateError::Nested),
+            _ => false,
+        }
+    }
+
+    /// A word for programs that stays the same when the text for people changes.
+    #[must_use]
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Layout(_) => "UnknownKernelLayout",
+            Self::Site(_) => "NoSuchSite",
+            Self::Request(_) => "BadRequest",
+            Self::Region(RegionError::NotText { .. }) => "NotText",
+            Self::Region(RegionError::Init { .. }) => "InitText",
+            Self::Region(RegionError::Forbidden { .. }) => "ForbiddenText",
+            Self::Decode(_) => "NotWholeInstructions",
+            Self::JumpInside { .. } => "JumpInside",
+            Self::Code(_) => "BadCode",
+            Self::Link(_) => "OutOfReach",
+            Self::Locate(LocateError::StillBooting { .. }) => "StillBooting",
+            Self::Locate(LocateError::NotRunning { .. }) => "NotRunning",
+            Self::Locate(LocateError::Nested) => "NestedGuest",
+            Self::Locate(_) => "OtherKernel",
+            Self::Gone { .. } => "KernelGone",
+            Self::Busy(_) => "GuestBusy",
+            Self::Mismatch { .. } => "BytesDiffer",
+            Self::NotOurs { .. } => "NotOurs",
+            Self::Owned { .. } => "Owned",
+            Self::Occupied { .. } => "Occupied",
+            Self::Tasks(_) => "TasksUnknown",
+            Self::Read(_) => "Unreadable",
+            Self::Ftrace(_) => "FtraceUnknown",
+            Self::Arena(_) => "Arena",
+            Self::Write(_) => "WriteFailed",
+            Self::NoSuchEntry { .. } => "NoSuchEntry",
+        }
+    }
+}
+
+fn first_of(hits: &[Hit]) -> String {
+    match hits {
+        [] => "it is not known which".into(),
+        [only] => only.to_string(),
+        [first, rest @ ..] => format!("{first}, and {} more", rest.len()),
+    }
+}

@@ -1,0 +1,30 @@
+//! The changes that are made to a guest's kernel: what may be asked for, what is checked, and the
+//! ledger of everything that was done.
+//!
+//! [`Patcher`] is what a hypervisor calls. Guaranteed: an operation is done completely or not at
+//! all; a refusal says why and leaves the guest as it was; what was changed can be taken back
+//! unless the guest has changed it itself; and memory of ours is used again only when no vCPU and
+//! no task can come back to it. Not guaranteed: that a change makes sense.
+
+pub mod code;
+
+mod check;
+mod error;
+mod knowledge;
+mod ledger;
+mod patcher;
+mod placing;
+mod redirect;
+mod report;
+mod retire;
+mod text_patch;
+mod writing;
+
+pub use error::PatchError;
+pub use patcher::Patcher;
+pub use redirect::{NewCode, PreparedRedirect, RedirectRequest};
+pub use report::{
+    Applied, Bytes, Closed, Collected, End, EntryId, Evidence, Forgotten, FtraceMark, KernelReport,
+    Kind, Listing, Origin, PlacedCode, Retired, Reverted,
+};
+pub use text_patch::{MAX_TEXT, PreparedText, TextRequest};

@@ -1,0 +1,389 @@
+//! The patcher of one guest: what a hypervisor calls.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::check::Check;
+use super::knowledge::Knowledge;
+use super::ledger::Ledger;
+use super::placing::{NewPlace, Placing, give_back};
+use super::redirect::{PreparedRedirect, RedirectRequest};
+use super::report::{
+    Applied, Bytes, Collected, Forgotten, KernelReport, Kind, Listing, Origin, Reverted,
+};
+use super::retire::{Content, Retirement, with_sources};
+use super::text_patch::{PreparedText, TextRequest};
+use super::writing::{change, jump, still_ours, unmark};
+use super::{EntryId, PatchError};
+use crate::Kernel;
+use crate::arena::Arena;
+use crate::guest::StoppedGuest;
+use crate::space::{LayoutError, LocateError, Located};
+use crate::tasks::{Task, tasks};
+use crate::text::{NOP5, Rewritten, whole};
+
+/// The changes to one guest's kernel.
+///
+/// `prepare_*` needs no guest and does all that can be done without one; `commit_*`, `revert` and
+/// `collect` run while the guest is stopped, check, and write. An operation either is done
+/// completely or leaves the guest as it was. At each of them the kernel is identified again: when
+/// it is not the one that was changed, [`PatchError::Gone`] tells once what went with it, and the
+/// next call begins anew.
+#[derive(Debug)]
+pub struct Patcher {
+    know: Knowledge,
+    found: Option<Arc<InGuest>>,
+    ledger: Ledger,
+    arena: Option<Arena>,
+    /// What the code of each applied redirect is.
+    contents: BTreeMap<EntryId, Content>,
+    retired: Retirement,
+}
+
+/// A kernel that was found in the guest.
+#[derive(Debug)]
+struct InGuest {
+    located: Located,
+    rewritten: Rewritten,
+}
+
+impl Patcher {
+    /// A patcher for guests that run `kernel`.
+    ///
+    /// # Errors
+    /// [`LayoutError`] names what the kernel's file lacks.
+    pub fn new(kernel: Arc<Kernel>) -> Result<Self, LayoutError> {
+        Ok(Self {
+            know: Knowledge::of(kernel)?,
+            found: None,
+            ledger: Ledger::default(),
+            arena: None,
+            contents: BTreeMap::new(),
+            retired: Retirement::default(),
+        })
+    }
+
+    /// The kernel.
+    #[must_use]
+    pub fn kernel(&self) -> &Arc<Kernel> {
+        &self.know.kernel
+    }
+
+    /// Where the kernel was found last.
+    #[must_use]
+    pub fn located(&self) -> Option<&Located> {
+        self.found.as_ref().map(|found| &found.located)
+    }
+
+    /// Finds the kernel in the stopped guest, or checks that it is still there.
+    ///
+    /// # Errors
+    /// [`PatchError::Locate`], [`PatchError::Gone`].
+    pub fn locate(&mut self, guest: &mut dyn StoppedGuest) -> Result<KernelReport, PatchError> {
+        let found = self.identify(guest)?;
+        Ok(self.kernel_report(&found.located))
+    }
+
+    /// Every task of the stopped guest.
+    ///
+    /// # Errors
+    /// [`PatchError::Tasks`], and those of [`Patcher::locate`].
+    pub fn tasks(&mut self, guest: &mut dyn StoppedGuest) -> Result<Vec<Task>, PatchError> {
+        let found = self.identify(guest)?;
+        let memory = &&*guest;
+        let space = found.located.space(memory);
+        Ok(tasks(&space, &found.located, &self.know.tasks)?)
+    }
+
+    /// Checks a change of bytes as far as it can be done without the guest.
+    ///
+    /// # Errors
+    /// [`PatchError`]: unknown or forbidden site, bytes that are no instructions.
+    pub fn prepare_text(&self, request: TextRequest) -> Result<PreparedText, PatchError> {
+        PreparedText::new(&self.know, request)
+    }
+
+    /// Changes bytes of the stopped guest.
+    ///
+    /// # Errors
+    /// [`PatchError`]; where [`PatchError::passes`], let the guest run on and try again.
+    pub fn commit_text(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        prepared: &PreparedText,
+        origin: &Origin,
+    ) -> Result<Applied, PatchError> {
+        let found = self.identify(guest)?;
+        let ready = prepared.check(&self.check(&found, guest), &self.ledger)?;
+        let request = &prepared.request;
+        let address = ready.link.at(found.located.slide);
+        change(
+            guest,
+            found.located.root,
+            ready.ftrace,
+            address,
+            &request.write,
+        )?;
+        let entry = Applied {
+            id: self.ledger.next(),
+            kind: Kind::Text,
+            site: request.site.to_string(),
+            place: ready
+                .function
+                .map_or_else(|| address.to_string(), |f| f.place(ready.link)),
+            address,
+            before: Bytes(request.expect.clone()),
+            after: Bytes(request.write.clone()),
+            evidence: ready.evidence,
+            ftrace: ready.ftrace,
+            code: None,
+            origin: origin.clone(),
+        };
+        self.ledger.add(entry.clone());
+        Ok(entry)
+    }
+
+    /// Prepares to send the callers of a function to new code.
+    ///
+    /// # Errors
+    /// [`PatchError`]: unknown or forbidden site, code that cannot be used.
+    pub fn prepare_redirect(
+        &self,
+        request: RedirectRequest,
+    ) -> Result<PreparedRedirect, PatchError> {
+        PreparedRedirect::new(&self.know, request)
+    }
+
+    /// Places the new code in the stopped guest and lets the function jump to it.
+    ///
+    /// # Errors
+    /// [`PatchError`]; where [`PatchError::passes`], let the guest run on and try again.
+    pub fn commit_redirect(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        prepared: &PreparedRedirect,
+        origin: &Origin,
+    ) -> Result<Applied, PatchError> {
+        let found = self.identify(guest)?;
+        let ready = prepared.check(&self.check(&found, guest), &self.ledger)?;
+        let NewPlace {
+            placed,
+            content,
+            fresh,
+        } = Placing {
+            know: &self.know,
+            located: &found.located,
+            arena: &mut self.arena,
+            retired: &mut self.retired,
+        }
+        .place(guest, &prepared.code, ready.entry)?;
+        let address = ready.nop.at(found.located.slide);
+        let changed = jump(address, placed.entry).and_then(|jump| {
+            change(guest, found.located.root, ready.ftrace, address, &jump)?;
+            Ok(jump)
+        });
+        let id = self.ledger.next();
+        let jump = match changed {
+            Ok(jump) => jump,
+            Err(error) => {
+                match &mut self.arena {
+                    Some(arena) if fresh => give_back(guest, arena, placed.code, placed.data),
+                    // Somebody may still be in it from its first life.
+                    _ => self.retired.add(id, &placed, content),
+                }
+                return Err(error);
+            }
+        };
+        let entry = Applied {
+            id,
+            kind: Kind::Redirect,
+            site: prepared.site.to_string(),
+            place: ready.function.place(ready.nop),
+            address,
+            before: Bytes(NOP5.to_vec()),
+            after: Bytes(jump.to_vec()),
+            evidence: ready.evidence,
+            ftrace: ready.ftrace,
+            code: Some(placed),
+            origin: origin.clone(),
+        };
+        self.contents.insert(id, content);
+        self.ledger.add(entry.clone());
+        Ok(entry)
+    }
+
+    /// Takes a change back, and frees retired code that nobody is in.
+    ///
+    /// # Errors
+    /// [`PatchError::NotOurs`] when the guest has changed the bytes, and others; where
+    /// [`PatchError::passes`], let the guest run on and try again.
+    pub fn revert(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        id: EntryId,
+        origin: &Origin,
+    ) -> Result<Reverted, PatchError> {
+        let found = self.identify(guest)?;
+        let entry = self
+            .ledger
+            .get(id)
+            .ok_or(PatchError::NoSuchEntry { id })?
+            .clone();
+        let evidence = {
+            let check = self.check(&found, guest);
+            check.idle()?;
+            still_ours(&check, &entry)?;
+            let end = entry.address.offset(entry.after.0.len() as u64);
+            let one = whole(entry.address, &entry.after.0).is_ok_and(|all| all.len() == 1);
+            check.nobody_inside(&(entry.address..end), one)?
+        };
+        let root = found.located.root;
+        let unmark = unmark(&self.know, guest, &found.located, entry.ftrace);
+        change(guest, root, unmark, entry.address, &entry.before.0)?;
+        self.ledger.revert(id, origin.clone());
+        if let (Some(placed), Some(content)) = (&entry.code, self.contents.remove(&id)) {
+            self.retired.add(id, placed, content);
+        }
+        Ok(Reverted {
+            entry,
+            evidence,
+            origin: origin.clone(),
+            collected: self.collect_in(guest, &found.located),
+        })
+    }
+
+    /// Frees retired code that nobody is in any more.
+    ///
+    /// # Errors
+    /// Those of [`Patcher::locate`].
+    pub fn collect(&mut self, guest: &mut dyn StoppedGuest) -> Result<Collected, PatchError> {
+        if self.retired.is_empty() {
+            return Ok(Collected::default());
+        }
+        let found = self.identify(guest)?;
+        Ok(self.collect_in(guest, &found.located))
+    }
+
+    /// Everything that was done.
+    #[must_use]
+    pub fn list(&self) -> Listing {
+        Listing {
+            applied: self.ledger.applied().cloned().collect(),
+            retired: self.retired.report(),
+            closed: self.ledger.closed().cloned().collect(),
+            arena: self.arena.as_ref().map(Arena::report),
+        }
+    }
+
+    /// The guest was reset: nothing of ours is in it any more. The hypervisor takes the blocks
+    /// away that are returned.
+    pub fn forget(&mut self, why: &str) -> Forgotten {
+        self.found = None;
+        self.contents.clear();
+        self.retired.clear();
+        Forgotten {
+            lost: self.ledger.void(why),
+            blocks: self
+                .arena
+                .take()
+                .map(|arena| arena.blocks().to_vec())
+                .unwrap_or_default(),
+        }
+    }
+
+    /// Unmaps the arena and gives its memory back, when nothing is in it. Tells whether it is gone.
+    ///
+    /// # Errors
+    /// [`PatchError::Arena`] when the guest or the hypervisor does not let go of it.
+    pub fn release(&mut self, guest: &mut dyn StoppedGuest) -> Result<bool, PatchError> {
+        let empty = |arena: &mut Arena| arena.report().code_slots == 0;
+        match self.arena.take_if(empty) {
+            Some(arena) => arena.remove(guest).map(|()| true).map_err(Into::into),
+            None => Ok(self.arena.is_none()),
+        }
+    }
+
+    fn check<'a>(&'a self, found: &'a InGuest, guest: &'a dyn StoppedGuest) -> Check<'a> {
+        Check {
+            know: &self.know,
+            located: &found.located,
+            rewritten: &found.rewritten,
+            guest,
+        }
+    }
+
+    /// Finds the kernel, and notices when it is not the one that was changed.
+    fn identify(&mut self, guest: &mut dyn StoppedGuest) -> Result<Arc<InGuest>, PatchError> {
+        let located = Located::find(guest, &self.know.landmarks);
+        let why = match (&self.found, located) {
+            (Some(found), Ok(located)) if found.located == located => return Ok(found.clone()),
+            (None, Ok(located)) => return self.remember(guest, located),
+            (Some(_), Ok(located)) => {
+                let why = "the guest has booted again".to_owned();
+                if self.is_idle() {
+                    return self.remember(guest, located);
+                }
+                why
+            }
+            // It is there, and cannot be changed at the moment.
+            (_, Err(error @ (LocateError::Nested | LocateError::NotRunning { .. }))) => {
+                return Err(error.into());
+            }
+            (_, Err(error)) if self.is_idle() => {
+                self.found = None;
+                return Err(error.into());
+            }
+            (_, Err(error)) => with_sources(&error),
+        };
+        let forgotten = self.forget(&why);
+        for block in forgotten.blocks {
+            // The new kernel does not know of it; when it stays, nothing of the guest's is there.
+            let _ = guest.remove_block(block);
+        }
+        Err(PatchError::Gone {
+            why,
+            lost: forgotten.lost.iter().map(|entry| entry.id).collect(),
+        })
+    }
+
+    /// Nothing of ours is in the guest.
+    fn is_idle(&self) -> bool {
+        self.arena.is_none() && self.ledger.applied().next().is_none()
+    }
+
+    fn remember(
+        &mut self,
+        guest: &dyn StoppedGuest,
+        located: Located,
+    ) -> Result<Arc<InGuest>, PatchError> {
+        let rewritten = self.know.tables.read(&located.space(&guest), &located)?;
+        let found = Arc::new(InGuest { located, rewritten });
+        self.found = Some(found.clone());
+        Ok(found)
+    }
+
+    fn kernel_report(&self, located: &Located) -> KernelReport {
+        let kernel = &self.know.kernel;
+        KernelReport {
+            release: kernel.release().to_owned(),
+            banner: kernel.banner().text.clone(),
+            build_id: kernel.build_id().map(|id| Bytes(id.bytes.clone())),
+            slide: located.slide.0,
+            text: self.know.regions.text().start.at(located.slide),
+            page_table: located.root.table,
+            levels: located.root.levels,
+            phys_base: located.phys_base,
+            page_offset_base: located.page_offset_base,
+            possible_cpus: located.per_cpu.cpus().count(),
+        }
+    }
+
+    fn collect_in(&mut self, guest: &mut dyn StoppedGuest, located: &Located) -> Collected {
+        match &mut self.arena {
+            Some(arena) => self
+                .retired
+                .collect(guest, located, &self.know.tasks, arena),
+            None => Collected::default(),
+        }
+    }
+}

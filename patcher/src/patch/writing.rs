@@ -1,0 +1,85 @@
+//! The writes of a change: text, and ftrace's mark with it.
+
+use super::PatchError;
+use super::check::Check;
+use super::knowledge::Knowledge;
+use super::report::{Applied, FtraceMark};
+use crate::guest::{Gva, StoppedGuest};
+use crate::space::{Located, Root};
+use crate::text::{NOP5, write};
+
+/// The bytes of a change are still those that we wrote.
+pub(super) fn still_ours(check: &Check<'_>, entry: &Applied) -> Result<(), PatchError> {
+    let ours = &entry.after.0;
+    let mut found = vec![0; ours.len()];
+    check
+        .located
+        .space(&check.guest)
+        .read(entry.address, &mut found)?;
+    let other = ours
+        .iter()
+        .zip(&found)
+        .enumerate()
+        .find(|(_, (a, b))| a != b);
+    match other {
+        None => Ok(()),
+        Some((index, (&ours, &found))) => Err(PatchError::NotOurs {
+            id: entry.id,
+            at: entry.address.offset(index as u64),
+            ours,
+            found,
+        }),
+    }
+}
+
+/// Writes text and ftrace's mark: both or none.
+pub(super) fn change(
+    guest: &mut dyn StoppedGuest,
+    root: Root,
+    mark: Option<FtraceMark>,
+    at: Gva,
+    bytes: &[u8],
+) -> Result<(), PatchError> {
+    let set = |guest: &mut dyn StoppedGuest, mark: FtraceMark, value: u64| {
+        let raw = value.to_le_bytes();
+        let size = usize::try_from(mark.size).unwrap_or(8).min(8);
+        write(guest, root, mark.at, raw.get(..size).unwrap_or(&raw))
+    };
+    let mark = mark.filter(|mark| mark.before != mark.after);
+    if let Some(mark) = mark {
+        set(guest, mark, mark.after)?;
+    }
+    let written = write(guest, root, at, bytes);
+    if let (Err(_), Some(mark)) = (&written, mark) {
+        // The text is as it was; so must the mark be.
+        let _ = set(guest, mark, mark.before);
+    }
+    Ok(written?)
+}
+
+/// A jump from `at` to `to`.
+pub(super) fn jump(at: Gva, to: Gva) -> Result<[u8; NOP5.len()], PatchError> {
+    let distance = to.displacement_from(at.offset(NOP5.len() as u64));
+    let distance = i32::try_from(distance).map_err(|_| {
+        PatchError::Request(format!("a jump at {at} does not reach the arena at {to}"))
+    })?;
+    let [a, b, c, d] = distance.to_le_bytes();
+    Ok([0xe9, a, b, c, d])
+}
+
+/// How to take our mark off ftrace's record, when we set it and it is still there.
+pub(super) fn unmark(
+    know: &Knowledge,
+    guest: &dyn StoppedGuest,
+    located: &Located,
+    mark: Option<FtraceMark>,
+) -> Option<FtraceMark> {
+    let mark = mark.filter(|mark| mark.before != mark.after)?;
+    let now = located.space(&guest).read_sized(mark.at, mark.size).ok()?;
+    let after = know.ftrace.as_ref()?.unmarked(now);
+    (after != now).then_some(FtraceMark {
+        before: now,
+        after,
+        ..mark
+    })
+}

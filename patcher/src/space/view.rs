@@ -1,0 +1,248 @@
+//! Reading guest-virtual memory in bulk.
+//!
+//! A [`Space`] remembers translations for as long as it lives, so it is made for one stop (or one
+//! look at a running guest, whose answer may then be torn) and dropped with it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use super::walk::{Mapping, Root, WalkError, walk};
+use crate::guest::{Gpa, GuestMemory, Gva, MemoryError};
+
+/// Translations remembered at most; then all are forgotten.
+const CACHE_LIMIT: usize = 1 << 16;
+
+/// Why guest-virtual memory could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SpaceError {
+    /// There is no translation.
+    #[error(transparent)]
+    Walk(#[from] WalkError),
+    /// The translation leads outside guest memory.
+    #[error("{gva} is mapped to {gpa}, where the guest has no memory")]
+    Memory {
+        /// The virtual address.
+        gva: Gva,
+        /// Where its page tables lead.
+        gpa: Gpa,
+        /// What the memory said.
+        source: MemoryError,
+    },
+}
+
+/// Guest-virtual memory as one top-level table maps it.
+pub struct Space<'m> {
+    memory: &'m dyn GuestMemory,
+    root: Root,
+    cache: RefCell<HashMap<u64, Cached>>,
+}
+
+#[derive(Clone, Copy)]
+struct Cached {
+    /// Physical address of the page.
+    page: Gpa,
+    /// Its size minus one.
+    inside: u64,
+}
+
+impl<'m> Space<'m> {
+    /// The memory that `root` maps.
+    #[must_use]
+    pub fn new(memory: &'m dyn GuestMemory, root: Root) -> Self {
+        Self {
+            memory,
+            root,
+            cache: RefCell::new(HashMap::new()),
+        }
+    }
+
+    /// The top-level table.
+    #[must_use]
+    pub const fn root(&self) -> Root {
+        self.root
+    }
+
+    /// The guest-physical memory below.
+    #[must_use]
+    pub const fn memory(&self) -> &'m dyn GuestMemory {
+        self.memory
+    }
+
+    /// Where `at` leads and with which rights; always a fresh walk.
+    ///
+    /// # Errors
+    /// [`WalkError`] when it has no translation.
+    pub fn mapping(&self, at: Gva) -> Result<Mapping, WalkError> {
+        walk(self.memory, self.root, at)
+    }
+
+    /// Fills `into` from `at`, across as many pages as it takes.
+    ///
+    /// # Errors
+    /// [`SpaceError`] for the first byte that cannot be read; `into` is then unspecified.
+    pub fn read(&self, at: Gva, into: &mut [u8]) -> Result<(), SpaceError> {
+        let mut rest = into;
+        let mut at = at;
+        while !rest.is_empty() {
+            let (gpa, left) = self.translate(at)?;
+            let take = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at_mut(take);
+            self.memory
+                .read(gpa, now)
+                .map_err(|source| SpaceError::Memory {
+                    gva: at,
+                    gpa,
+                    source,
+                })?;
+            at = at.offset(take as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Reads a little-endian number of `size` bytes (1, 2, 4 or 8; more than 8 reads the low 8).
+    ///
+    /// # Errors
+    /// As [`Space::read`].
+    pub fn read_sized(&self, at: Gva, size: u64) -> Result<u64, SpaceError> {
+        let mut raw = [0; 8];
+        let size = usize::try_from(size).unwrap_or(8).min(8);
+        if let Some(part) = raw.get_mut(..size) {
+            self.read(at, part)?;
+        }
+        Ok(u64::from_le_bytes(raw))
+    }
+
+    /// Reads a little-endian u64.
+    ///
+    /// # Errors
+    /// As [`Space::read`].
+    pub fn read_u64(&self, at: Gva) -> Result<u64, SpaceError> {
+        self.read_sized(at, 8)
+    }
+
+    /// Reads a little-endian u32.
+    ///
+    /// # Errors
+    /// As [`Space::read`].
+    pub fn read_u32(&self, at: Gva) -> Result<u32, SpaceError> {
+        let mut raw = [0; 4];
+        self.read(at, &mut raw)?;
+        Ok(u32::from_le_bytes(raw))
+    }
+
+    /// Reads a pointer.
+    ///
+    /// # Errors
+    /// As [`Space::read`].
+    pub fn read_pointer(&self, at: Gva) -> Result<Gva, SpaceError> {
+        self.read_u64(at).map(Gva)
+    }
+
+    /// Where a range is in guest-physical memory, page by page.
+    ///
+    /// # Errors
+    /// [`WalkError`] for the first page without a translation.
+    pub fn pieces(&self, at: Gva, len: u64) -> Result<Vec<Piece>, WalkError> {
+        let mut pieces: Vec<Piece> = Vec::new();
+        let mut done = 0;
+        while done < len {
+            let (gpa, left) = self.translate(at.offset(done))?;
+            let take = left.min(len - done);
+            match pieces.last_mut() {
+                Some(last) if last.gpa.offset(last.len) == gpa => last.len += take,
+                _ => pieces.push(Piece { gpa, len: take }),
+            }
+            done += take;
+        }
+        Ok(pieces)
+    }
+
+    /// The physical address of `at`, and how many bytes its page still has from there.
+    fn translate(&self, at: Gva) -> Result<(Gpa, u64), WalkError> {
+        let key = at.0 >> 12;
+        let known = self.cache.borrow().get(&key).copied();
+        let cached = match known {
+            Some(cached) => cached,
+            None => {
+                let mapping = walk(self.memory, self.root, at)?;
+                let inside = mapping.page.bytes() - 1;
+                let cached = Cached {
+                    page: Gpa(mapping.gpa.0 & !inside),
+                    inside,
+                };
+                let mut cache = self.cache.borrow_mut();
+                if cache.len() >= CACHE_LIMIT {
+                    cache.clear();
+                }
+                cache.insert(key, cached);
+                cached
+            }
+        };
+        let offset = at.0 & cached.inside;
+        Ok((cached.page.offset(offset), cached.inside - offset + 1))
+    }
+}
+
+/// A part of a virtual range that is contiguous in guest-physical memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
+pub struct Piece {
+    /// Its first byte.
+    pub gpa: Gpa,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::fake::FakeGuest;
+
+    const DATA: Gva = Gva(0xffff_c900_0000_0000);
+
+    #[test]
+    fn reads_run_across_pages_that_do_not_touch() {
+        let mut guest = FakeGuest::new(0x20_0000);
+        let first = guest.page(DATA, 0);
+        guest.page(Gva(0x1000), 0);
+        let second = guest.page(DATA.offset(0x1000), 0);
+        assert_ne!(first.offset(0x1000), second);
+        guest.put_u64(DATA.offset(0xffc), 0x1122_3344_5566_7788);
+        let space = Space::new(&guest.image, guest.root());
+        assert_eq!(
+            space.read_u64(DATA.offset(0xffc)).unwrap(),
+            0x1122_3344_5566_7788
+        );
+        assert_eq!(space.read_sized(DATA.offset(0xffc), 2).unwrap(), 0x7788);
+        assert_eq!(space.read_u32(DATA.offset(0x1000)).unwrap(), 0x1122_3344);
+        let pieces = space.pieces(DATA.offset(0xffc), 8).unwrap();
+        assert_eq!(
+            pieces,
+            [
+                Piece {
+                    gpa: first.offset(0xffc),
+                    len: 4
+                },
+                Piece {
+                    gpa: second,
+                    len: 4
+                }
+            ]
+        );
+    }
+
+    #[test]
+    fn a_read_that_leaves_the_mapping_fails() {
+        let mut guest = FakeGuest::new(0x20_0000);
+        guest.page(DATA, 0);
+        let wild = guest.entry(DATA.offset(0x1000), 1);
+        guest.set(wild, 0x000f_ffff_0000_0001);
+        let space = Space::new(&guest.image, guest.root());
+        let mut page = [0; 0x1008];
+        let error = space.read(DATA, &mut page).unwrap_err();
+        assert!(matches!(error, SpaceError::Memory { gva, .. } if gva == DATA.offset(0x1000)));
+        assert!(space.read_u64(DATA.offset(0x2000)).is_err());
+        assert!(space.read_u64(Gva(u64::MAX)).is_err());
+        assert!(space.pieces(DATA, 0x3000).is_err());
+    }
+}

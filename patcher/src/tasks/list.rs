@@ -1,0 +1,328 @@
+//! All tasks of a stopped guest.
+//!
+//! Found are: every thread on the task list, the idle task of every CPU (not on that list), what
+//! each CPU runs, what waits on its run queue, and tasks that have left the task list and still
+//! have a last switch to make. Guaranteed: the answer is complete or an error. A list that does
+//! not end, and a number of threads that is not the kernel's own count, are errors.
+
+use std::collections::HashSet;
+use std::fmt;
+
+use super::layout::{Exiting, TaskLayout};
+use crate::guest::Gva;
+use crate::space::{Located, Space, SpaceError};
+use crate::types::Field;
+
+/// Address of a `task_struct` in the guest.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize)]
+#[serde(transparent)]
+pub struct TaskAddr(pub Gva);
+
+/// One task.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
+pub struct Task {
+    /// Its `task_struct`.
+    pub address: TaskAddr,
+    /// Thread id; 0 for idle tasks.
+    pub pid: u32,
+    /// Id of the process that the thread belongs to.
+    pub tgid: u32,
+    /// Name, at most 15 characters.
+    pub comm: String,
+    /// State bits as the kernel has them (0: it runs or can run).
+    pub state: u64,
+    /// PF_ flags as the kernel has them.
+    pub flags: u64,
+    /// It is on a CPU, or just being switched to or from.
+    pub on_cpu: bool,
+    /// It is on a run queue.
+    pub on_rq: bool,
+    /// Lowest address of its kernel stack; 0 when it has none any more.
+    pub stack: Gva,
+    /// Its saved stack pointer. Stale while it is on a CPU.
+    pub sp: Gva,
+}
+
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (pid {})", self.comm, self.pid)
+    }
+}
+
+/// Why the tasks could not be told.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TaskError {
+    /// A pointer leads nowhere.
+    #[error("the guest's {what} cannot be read")]
+    Unreadable {
+        /// What was being read.
+        what: &'static str,
+        /// Where it failed.
+        source: SpaceError,
+    },
+    /// A list came back to an entry that it had been at.
+    #[error(
+        "the guest's {what} runs in a circle through {at}; nothing can be said about its tasks"
+    )]
+    Circle {
+        /// The list.
+        what: &'static str,
+        /// The entry seen twice.
+        at: Gva,
+    },
+    /// A list has more entries than memory could hold.
+    #[error(
+        "the guest's {what} has more than {limit} entries; nothing can be said about its tasks"
+    )]
+    Endless {
+        /// The list.
+        what: &'static str,
+        /// The bound that was hit.
+        limit: usize,
+    },
+    /// The kernel's own count is another one: it is just adding or removing a thread.
+    #[error("{listed} threads are on the guest's lists, and it counts {counted}: try again")]
+    Miscount {
+        /// Threads found.
+        listed: u64,
+        /// Threads that the kernel counts.
+        counted: u64,
+    },
+    /// Tasks are ending, and this kernel keeps no list of them.
+    #[error("{tasks} tasks of the guest are ending and are on no list: try again")]
+    Ending {
+        /// How many.
+        tasks: u64,
+    },
+    /// Nothing says whether there are tasks on their way out.
+    #[error("this kernel does not tell which tasks have left its task list without being gone")]
+    EndingUnknown,
+}
+
+impl TaskError {
+    /// Whether it may be different after the guest ran on for a moment.
+    #[must_use]
+    pub const fn passes(&self) -> bool {
+        matches!(self, Self::Miscount { .. } | Self::Ending { .. })
+    }
+}
+
+/// A reader of tasks in one stopped guest.
+pub(super) struct Walker<'a, 'm> {
+    pub(super) space: &'a Space<'m>,
+    pub(super) located: &'a Located,
+    pub(super) layout: &'a TaskLayout,
+    /// More tasks than this do not fit into the guest's memory.
+    pub(super) limit: usize,
+}
+
+impl<'a, 'm> Walker<'a, 'm> {
+    pub(super) fn new(space: &'a Space<'m>, located: &'a Located, layout: &'a TaskLayout) -> Self {
+        let ram = space
+            .memory()
+            .ram()
+            .iter()
+            .fold(0_u64, |sum, range| sum.saturating_add(range.len));
+        let limit = ram / layout.task.size.max(1);
+        Self {
+            space,
+            located,
+            layout,
+            limit: usize::try_from(limit).unwrap_or(usize::MAX),
+        }
+    }
+
+    /// All tasks, each once.
+    pub(super) fn all(&self) -> Result<Vec<Task>, TaskError> {
+        let layout = self.layout;
+        let mut tasks = Vec::new();
+        let mut seen = HashSet::new();
+        let init = layout.init_task.at(self.located.slide);
+        let head = init.offset(layout.task.tasks);
+        let mut leaders = vec![init];
+        leaders.extend(self.entries("task list", head, layout.task.tasks)?);
+        for leader in leaders {
+            let signal = self.pointer("task list", leader.offset(layout.task.signal))?;
+            let head = signal.offset(layout.thread_head);
+            for thread in self.entries("thread list", head, layout.task.thread_node)? {
+                if seen.insert(thread) {
+                    tasks.push(self.task(thread)?);
+                    self.bound("task list", tasks.len())?;
+                }
+            }
+        }
+        self.compare_count(&tasks)?;
+        for address in self.per_cpu()?.into_iter().chain(self.ending()?) {
+            if address.0 != 0 && seen.insert(address) {
+                tasks.push(self.task(address)?);
+                self.bound("run queues", tasks.len())?;
+            }
+        }
+        Ok(tasks)
+    }
+
+    /// Everything but idle tasks is counted, by adding and removing under the lock of the list.
+    fn compare_count(&self, tasks: &[Task]) -> Result<(), TaskError> {
+        let Some(address) = self.layout.nr_threads else {
+            return Ok(());
+        };
+        let counted = self.number("nr_threads", address.at(self.located.slide), 4)?;
+        let listed = tasks.iter().filter(|task| task.pid != 0).count() as u64;
+        if listed == counted {
+            Ok(())
+        } else {
+            Err(TaskError::Miscount { listed, counted })
+        }
+    }
+
+    /// What is current, idle or waiting on every CPU.
+    fn per_cpu(&self) -> Result<Vec<Gva>, TaskError> {
+        let queues = &self.layout.runqueues;
+        let mut found = Vec::new();
+        for cpu in self.located.per_cpu.cpus() {
+            let Some(rq) = self.located.per_cpu.address(queues.variable, cpu) else {
+                continue;
+            };
+            found.push(self.pointer("run queues", rq.offset(queues.curr))?);
+            found.push(self.pointer("run queues", rq.offset(queues.idle))?);
+            found.extend(self.optional("run queues", rq.offset(queues.fair), queues.fair_node)?);
+        }
+        Ok(found)
+    }
+
+    fn ending(&self) -> Result<Vec<Gva>, TaskError> {
+        const WHAT: &str = "list of ending tasks";
+        let per_cpu = &self.located.per_cpu;
+        match self.layout.exiting {
+            Exiting::Listed {
+                variable,
+                head,
+                node,
+            } => {
+                let mut found = Vec::new();
+                for area in per_cpu
+                    .cpus()
+                    .filter_map(|cpu| per_cpu.address(variable, cpu))
+                {
+                    found.extend(self.optional(WHAT, area.offset(head), node)?);
+                }
+                Ok(found)
+            }
+            Exiting::Counted { .. } | Exiting::Unknown => Ok(Vec::new()),
+        }
+    }
+
+    /// There are no tasks on their way out that [`Walker::all`] could not find: asleep, and on no
+    /// list any more.
+    pub(super) fn none_unlisted(&self) -> Result<(), TaskError> {
+        const WHAT: &str = "count of ending tasks";
+        let per_cpu = &self.located.per_cpu;
+        match self.layout.exiting {
+            Exiting::Listed { .. } => Ok(()),
+            Exiting::Counted {
+                domain,
+                data,
+                locks,
+                unlocks,
+            } => {
+                let domain = domain.at(self.located.slide);
+                let data = self.pointer(WHAT, domain.offset(data))?;
+                let mut inside = 0_u64;
+                for area in per_cpu
+                    .cpus()
+                    .filter_map(|cpu| per_cpu.of_pointer(data, cpu))
+                {
+                    inside = inside
+                        .wrapping_add(self.sum(WHAT, area, locks)?)
+                        .wrapping_sub(self.sum(WHAT, area, unlocks)?);
+                }
+                match inside {
+                    0 => Ok(()),
+                    tasks => Err(TaskError::Ending { tasks }),
+                }
+            }
+            Exiting::Unknown => Err(TaskError::EndingUnknown),
+        }
+    }
+
+    /// Sum of an array of longs.
+    fn sum(&self, what: &'static str, base: Gva, field: Field) -> Result<u64, TaskError> {
+        (0..field.size / 8).try_fold(0_u64, |sum, index| {
+            let at = base.offset(field.offset).offset(index * 8);
+            Ok(sum.wrapping_add(self.number(what, at, 8)?))
+        })
+    }
+
+    /// The structures on a list, `member` bytes before their entries.
+    fn entries(&self, what: &'static str, head: Gva, member: u64) -> Result<Vec<Gva>, TaskError> {
+        let mut found = Vec::new();
+        let mut seen = HashSet::new();
+        let next = self.layout.list_next;
+        let mut at = self.pointer(what, head.offset(next))?;
+        while at != head {
+            if !seen.insert(at) {
+                return Err(TaskError::Circle { what, at });
+            }
+            found.push(Gva(at.0.wrapping_sub(member)));
+            self.bound(what, found.len())?;
+            at = self.pointer(what, at.offset(next))?;
+        }
+        Ok(found)
+    }
+
+    /// As [`Walker::entries`], for a list that is all zero until its CPU comes up.
+    fn optional(&self, what: &'static str, head: Gva, member: u64) -> Result<Vec<Gva>, TaskError> {
+        let first = self.pointer(what, head.offset(self.layout.list_next))?;
+        if first.0 == 0 {
+            return Ok(Vec::new());
+        }
+        self.entries(what, head, member)
+    }
+
+    fn bound(&self, what: &'static str, count: usize) -> Result<(), TaskError> {
+        if count > self.limit {
+            return Err(TaskError::Endless {
+                what,
+                limit: self.limit,
+            });
+        }
+        Ok(())
+    }
+
+    fn task(&self, address: Gva) -> Result<Task, TaskError> {
+        let fields = &self.layout.task;
+        let read = |field: Field| self.number("task", address.offset(field.offset), field.size);
+        let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
+        let mut comm = vec![0; usize::try_from(fields.comm.size.min(64)).unwrap_or(0)];
+        self.space
+            .read(address.offset(fields.comm.offset), &mut comm)
+            .map_err(|source| TaskError::Unreadable {
+                what: "task",
+                source,
+            })?;
+        let end = comm.iter().position(|&byte| byte == 0);
+        comm.truncate(end.unwrap_or(comm.len()));
+        Ok(Task {
+            address: TaskAddr(address),
+            pid: narrow(read(fields.pid)?),
+            tgid: narrow(read(fields.tgid)?),
+            comm: String::from_utf8_lossy(&comm).into_owned(),
+            state: read(fields.state)?,
+            flags: read(fields.flags)?,
+            on_cpu: read(fields.on_cpu)? != 0,
+            on_rq: read(fields.on_rq)? != 0,
+            stack: self.pointer("task", address.offset(fields.stack))?,
+            sp: self.pointer("task", address.offset(fields.sp))?,
+        })
+    }
+
+    pub(super) fn pointer(&self, what: &'static str, at: Gva) -> Result<Gva, TaskError> {
+        self.number(what, at, 8).map(Gva)
+    }
+
+    fn number(&self, what: &'static str, at: Gva, size: u64) -> Result<u64, TaskError> {
+        self.space
+            .read_sized(at, size)
+            .map_err(|source| TaskError::Unreadable { what, source })
+    }
+}

@@ -1,0 +1,47 @@
+//! Who is running or waiting?
+//!
+//! [`tasks`] finds every task of a stopped guest, and [`scan`] tells which of them (or of the
+//! vCPUs, or of the CPUs' own stacks) may come back to a range of addresses. A list that was cut off
+//! is never taken for the whole, and a scan looks at everything or fails.
+
+mod layout;
+mod list;
+mod scan;
+
+pub use layout::TaskLayout;
+pub use list::{Task, TaskAddr, TaskError};
+pub use scan::{Context, Found, Hit, Scanned, Windows};
+
+use crate::guest::Vcpu;
+use crate::space::{Located, Space};
+
+/// Every task of a stopped guest, each once. Kernels before 6.9 do not tell of tasks that are asleep
+/// on their way out; [`scan`] fails while there are any.
+///
+/// # Errors
+/// [`TaskError`]; where [`TaskError::passes`], the guest was stopped at a bad moment.
+pub fn tasks(
+    space: &Space<'_>,
+    located: &Located,
+    layout: &TaskLayout,
+) -> Result<Vec<Task>, TaskError> {
+    list::Walker::new(space, located, layout).all()
+}
+
+/// Every context that may come back to an address in `windows`.
+///
+/// # Errors
+/// [`TaskError`]; where [`TaskError::passes`], the guest was stopped at a bad moment.
+pub fn scan(
+    space: &Space<'_>,
+    located: &Located,
+    layout: &TaskLayout,
+    vcpus: &[Vcpu],
+    windows: &Windows,
+) -> Result<Scanned, TaskError> {
+    let tasks = tasks(space, located, layout)?;
+    scan::Scan::new(space, located, layout, windows).run(vcpus, &tasks)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,26 @@
+//! What may be changed here and what will it mean?
+//!
+//! Three kinds of answers: by place, from the kernel's file ([`Regions`]); by the moment, from a
+//! stopped guest ([`BusyLayout`], [`FtraceLayout`], [`KprobesLayout`], [`Rewritten`]); and by the
+//! bytes, from decoding what is in guest memory now. Writing is the last step and the only one
+//! that changes the guest.
+
+mod busy;
+mod decode;
+mod ftrace;
+mod kprobes;
+mod regions;
+mod tables;
+mod write;
+
+pub use busy::{Busy, BusyLayout};
+pub use decode::{DecodeError, hex};
+pub(crate) use decode::{
+    EntrySite, MAX_INSTRUCTION, NOP5, boundaries, branches_into, entry_site, whole,
+};
+pub use ftrace::{FtraceError, FtraceLayout, FtraceRecord};
+pub use kprobes::KprobesLayout;
+pub use regions::{RegionError, Regions};
+pub use tables::{Rewriter, Rewritten, TablesLayout};
+pub use write::WriteError;
+pub(crate) use write::write;
