@@ -1,0 +1,299 @@
+//! From the command line to QMP.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::connection::ClientError;
+use super::render;
+use crate::cli::args::{
+    ClientCommand, GpCommand, PatchCommand, ProbeCommand, TextCommand, TracepointCommand,
+    VcpuCommand,
+};
+
+/// What a command line asks for.
+pub(super) enum Task {
+    /// One request and its answer.
+    Ask(Request),
+    /// Events until the VMM ends.
+    Events,
+    /// The end of the VMM, waited for.
+    Quit,
+    /// A core file that the client makes.
+    Dump {
+        file: PathBuf,
+        /// Begin and length.
+        part: Option<(u64, u64)>,
+    },
+}
+
+/// A command for the VMM, and how to show what it answers.
+pub(super) struct Request {
+    pub(super) command: &'static str,
+    pub(super) arguments: Value,
+    pub(super) show: fn(&Value) -> String,
+}
+
+fn ask(command: &'static str, arguments: Value) -> Request {
+    Request {
+        command,
+        arguments: without_absent(arguments),
+        show: render::anything,
+    }
+}
+
+/// Options that were not given are not sent.
+fn without_absent(arguments: Value) -> Value {
+    match arguments {
+        Value::Object(members) => {
+            let given: Map<_, _> = members.into_iter().filter(|(_, v)| !v.is_null()).collect();
+            Value::Object(given)
+        }
+        other => other,
+    }
+}
+
+/// The VMM has its own working directory.
+fn absolute(path: &Path) -> Result<String, ClientError> {
+    let failed = |source| ClientError::File {
+        path: path.to_owned(),
+        source,
+    };
+    let whole: PathBuf = std::fs::canonicalize(path).map_err(failed)?;
+    whole.into_os_string().into_string().map_err(|_| {
+        failed(std::io::Error::new(
+            std::io::ErrorKind::InvalidInput,
+            "the path is not UTF-8",
+        ))
+    })
+}
+
+impl Task {
+    pub(super) fn of(command: ClientCommand) -> Result<Self, ClientError> {
+        use ClientCommand as C;
+        let shown = |command, arguments, show| Request {
+            show,
+            ..ask(command, arguments)
+        };
+        Ok(Self::Ask(match command {
+            C::Events => return Ok(Self::Events),
+            C::Quit => return Ok(Self::Quit),
+            C::Dump {
+                file,
+                begin,
+                length,
+            } => {
+                let part = begin.zip(length);
+                return Ok(Self::Dump { file, part });
+            }
+            C::Status => shown("query-status", Value::Null, render::status),
+            C::Pause { deadline } => {
+                let deadline = deadline.map(|d| d.as_millis());
+                shown("pause", json!({ "deadline": deadline }), render::paused)
+            }
+            C::Resume => shown("resume", Value::Null, render::resumed),
+            C::Powerdown => shown("system_powerdown", Value::Null, |_| {
+                "power button pressed".to_owned()
+            }),
+            C::Reset => shown("system_reset", Value::Null, |_| "reset".to_owned()),
+            C::Cpus => shown("query-cpus-fast", Value::Null, render::cpus),
+            C::Kernel => shown("query-kernel", Value::Null, render::kernel),
+            C::Symbols { pattern } => ask("query-symbols", json!({ "pattern": pattern })),
+            C::Tasks => ask("query-tasks", Value::Null),
+            C::Stacks { pid } => ask("query-stacks", json!({ "pid": pid })),
+            C::Text(command) => text(command)?,
+            C::Patch(command) => patch(command)?,
+            C::Probe(command) => probe(command)?,
+            C::Tracepoint(command) => tracepoint(command)?,
+            C::Trampolines => ask("query-trampolines", Value::Null),
+            C::Holdouts => ask("query-holdouts", Value::Null),
+            C::Gp(GpCommand::Snapshot) => ask("gp-snapshot", Value::Null),
+            C::Gp(GpCommand::Poll { cookie }) => ask("gp-poll", json!({ "cookie": cookie })),
+            C::Gp(GpCommand::Wait { cookie, deadline }) => {
+                let deadline = deadline.map(|d| d.as_millis());
+                ask("gp-wait", json!({ "cookie": cookie, "deadline": deadline }))
+            }
+            C::Vcpu(VcpuCommand::Hold { index, at, soft }) => ask(
+                "vcpu-hold",
+                json!({ "vcpu": index, "at": at.map(|s| s.0), "soft": soft }),
+            ),
+            C::Vcpu(VcpuCommand::Release { index }) => {
+                ask("vcpu-release", json!({ "vcpu": index }))
+            }
+        }))
+    }
+}
+
+fn text(command: TextCommand) -> Result<Request, ClientError> {
+    let show: fn(&Value) -> String = match command {
+        TextCommand::Patch { .. } | TextCommand::Redirect { .. } => render::changed,
+        TextCommand::Revert { .. } => render::reverted,
+        TextCommand::List => render::text_list,
+    };
+    let request = match command {
+        TextCommand::Patch {
+            site,
+            expect,
+            write,
+            force,
+            deadline,
+        } => ask(
+            "text-patch",
+            json!({
+                "site": site.0,
+                "expect": expect.to_string(),
+                "write": write.to_string(),
+                "force": force.then_some(true),
+                "deadline": deadline.map(|d| d.as_millis()),
+            }),
+        ),
+        TextCommand::Revert { id, deadline } => ask(
+            "text-revert",
+            json!({ "id": id, "deadline": deadline.map(|d| d.as_millis()) }),
+        ),
+        TextCommand::Redirect {
+            site,
+            object,
+            code,
+            entry,
+            deadline,
+        } => ask(
+            "text-redirect",
+            json!({
+                "site": site.0,
+                "object": object.as_deref().map(absolute).transpose()?,
+                "code": code.map(|c| c.to_string()),
+                "entry": entry,
+                "deadline": deadline.map(|d| d.as_millis()),
+            }),
+        ),
+        TextCommand::List => ask("query-text", Value::Null),
+    };
+    Ok(Request { show, ..request })
+}
+
+fn patch(command: PatchCommand) -> Result<Request, ClientError> {
+    Ok(match command {
+        PatchCommand::Check { file } => ask("patch-check", json!({ "file": absolute(&file)? })),
+        PatchCommand::Apply { file, deadline } => ask(
+            "patch-apply",
+            json!({ "file": absolute(&file)?, "deadline": deadline.map(|d| d.as_millis()) }),
+        ),
+        PatchCommand::Revert { id, deadline } => ask(
+            "patch-revert",
+            json!({ "id": id, "deadline": deadline.map(|d| d.as_millis()) }),
+        ),
+        PatchCommand::List => ask("query-patches", Value::Null),
+        PatchCommand::Show { id } => ask("query-patches", json!({ "id": id })),
+    })
+}
+
+fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
+    Ok(match command {
+        ProbeCommand::Attach {
+            site,
+            callback,
+            data,
+            priority,
+            may_sleep,
+        } => ask(
+            "probe-attach",
+            json!({
+                "site": site.0,
+                "callback": callback.as_deref().map(absolute).transpose()?,
+                "data": data,
+                "priority": priority,
+                "may-sleep": may_sleep.then_some(true),
+            }),
+        ),
+        ProbeCommand::Detach { id } => ask("probe-detach", json!({ "id": id })),
+        ProbeCommand::List => ask("query-probes", Value::Null),
+    })
+}
+
+fn tracepoint(command: TracepointCommand) -> Result<Request, ClientError> {
+    Ok(match command {
+        TracepointCommand::Attach {
+            name,
+            callback,
+            data,
+            priority,
+        } => ask(
+            "tracepoint-attach",
+            json!({
+                "name": name,
+                "callback": callback.as_deref().map(absolute).transpose()?,
+                "data": data,
+                "priority": priority,
+            }),
+        ),
+        TracepointCommand::Detach { id } => ask("tracepoint-detach", json!({ "id": id })),
+        TracepointCommand::List => ask("query-tracepoints", Value::Null),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::args::{Cli, Command};
+    use clap::Parser;
+
+    fn request(line: &str) -> (&'static str, Value) {
+        let cli = Cli::try_parse_from(line.split_whitespace()).unwrap_or_else(|e| panic!("{e}"));
+        let Command::Client(command) = cli.command else {
+            panic!("{line}: not a client's command");
+        };
+        match Task::of(command).unwrap_or_else(|e| panic!("{line}: {e}")) {
+            Task::Ask(request) => (request.command, request.arguments),
+            _ => panic!("{line}: not a single request"),
+        }
+    }
+
+    #[test]
+    fn commands_become_requests() {
+        for (line, command, arguments) in [
+            ("stillpoint status", "query-status", json!(null)),
+            ("stillpoint pause", "pause", json!({})),
+            (
+                "stillpoint pause --deadline 2s",
+                "pause",
+                json!({"deadline": 2000}),
+            ),
+            (
+                "stillpoint text patch f+4 --expect 90:90 --write cccc",
+                "text-patch",
+                json!({"site": "f+4", "expect": "9090", "write": "cccc"}),
+            ),
+            (
+                "stillpoint text patch f --expect 90 --write cc --force --deadline 1s",
+                "text-patch",
+                json!({"site": "f", "expect": "90", "write": "cc", "force": true, "deadline": 1000}),
+            ),
+            ("stillpoint text revert 3", "text-revert", json!({"id": 3})),
+            (
+                "stillpoint text redirect f --code c3",
+                "text-redirect",
+                json!({"site": "f", "code": "c3"}),
+            ),
+            ("stillpoint text list", "query-text", json!(null)),
+            (
+                "stillpoint vcpu hold 1 --soft",
+                "vcpu-hold",
+                json!({"vcpu": 1, "soft": true}),
+            ),
+        ] {
+            assert_eq!(request(line), (command, arguments), "{line}");
+        }
+    }
+
+    #[test]
+    fn files_are_named_so_that_the_vmm_finds_them() {
+        let (_, arguments) = request("stillpoint patch apply .");
+        let path = arguments["file"].as_str().unwrap_or_default();
+        assert!(path.starts_with('/'), "{path}");
+        let missing = PatchCommand::Check {
+            file: "no/such/file".into(),
+        };
+        assert!(matches!(patch(missing), Err(ClientError::File { .. })));
+    }
+}

@@ -1,0 +1,55 @@
+//! Signals that ask this process to end.
+//!
+//! They are blocked in every thread and taken by one that waits for them, so no handler runs in
+//! the middle of anything.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::thread;
+
+const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+
+/// The signals, blocked in the calling thread and in all it starts from now on.
+pub(super) struct EndSignals(libc::sigset_t);
+
+impl EndSignals {
+    /// Blocks them. To be called before any other thread exists.
+    #[must_use]
+    pub(super) fn block() -> Self {
+        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: the pointer is to memory for one signal set.
+        unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+        // SAFETY: sigemptyset filled it in.
+        let mut set = unsafe { set.assume_init() };
+        for signal in ENDING {
+            // SAFETY: the set is initialised and the signal numbers are valid.
+            unsafe { libc::sigaddset(&raw mut set, signal) };
+        }
+        // SAFETY: the set is initialised; the old mask is not wanted.
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+        Self(set)
+    }
+
+    /// Starts the thread that calls `taken` for each of them.
+    ///
+    /// # Errors
+    /// What the host said when there is no thread to be had.
+    pub(super) fn take(self, taken: impl Fn() + Send + 'static) -> io::Result<()> {
+        let body = move || {
+            let Self(set) = self;
+            loop {
+                let mut signal = 0;
+                // SAFETY: the set is initialised and all its signals are blocked in this thread.
+                if unsafe { libc::sigwait(&raw const set, &raw mut signal) } == 0 {
+                    tracing::info!(signal, "asked to end");
+                    taken();
+                }
+            }
+        };
+        thread::Builder::new()
+            .name("signals".into())
+            .stack_size(64 * 1024)
+            .spawn(body)
+            .map(drop)
+    }
+}

@@ -1,0 +1,6 @@
+//! The Stillpoint virtual machine monitor: the machine, its control socket and its command line.
+
+pub mod cli;
+pub mod control;
+pub mod machine;
+pub mod patching;

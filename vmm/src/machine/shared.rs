@@ -1,0 +1,356 @@
+//! The state behind [`super::Machine`]: stops, events, and the board that is current.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::Kvm;
+use patcher::Kernel;
+
+use super::board::{Board, Parts};
+use super::console::{Console, Keyboard};
+use super::event::{Event, EventSink};
+use super::gate::{Claim, Gate, deadline_in};
+use super::kernel_file::{KernelFile, KernelFileError};
+use super::memory::GuestRam;
+use super::refused::RefusedWrite;
+use super::serial::Outbox;
+use super::start::StartError;
+use super::stop::{StopError, StopTimes, Stopped};
+use super::supervisor::{Wish, preflight};
+use super::vcpu::{Ending, Reports};
+use super::{BootSource, CpuInfo, MachineConfig, RunState};
+
+/// What changes while the machine lives.
+struct State {
+    run_state: RunState,
+    /// A client stopped the guest at this time.
+    stopped_since: Option<Instant>,
+    board: Option<Arc<Board>>,
+    incarnation: u64,
+}
+
+pub(super) struct Shared {
+    kvm: Kvm,
+    ram: GuestRam,
+    config: MachineConfig,
+    kernel: KernelFile,
+    pub(super) gate: Gate,
+    state: Mutex<State>,
+    sinks: Mutex<Vec<EventSink>>,
+    wishes: Sender<Wish>,
+    pub(super) inbox: Mutex<Receiver<Wish>>,
+    pub(super) outbox: Outbox,
+    pub(super) console: Mutex<Option<Console>>,
+}
+
+/// Refused writes are counted in full, but only so many of them are announced.
+const ANNOUNCED_WRITES: u64 = 100;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(super) fn new(config: MachineConfig) -> Result<Self, StartError> {
+        let kvm = preflight(&config)?;
+        let ram = GuestRam::reserve(config.memory)?;
+        let outbox = Outbox::default();
+        let console = Console::open(&config.serial, &outbox)?;
+        let (wishes, inbox) = channel();
+        Ok(Self {
+            kvm,
+            ram,
+            config,
+            kernel: KernelFile::default(),
+            gate: Gate::default(),
+            state: Mutex::new(State {
+                run_state: RunState::Prelaunch,
+                stopped_since: None,
+                board: None,
+                incarnation: 0,
+            }),
+            sinks: Mutex::default(),
+            wishes,
+            inbox: Mutex::new(inbox),
+            outbox,
+            console: Mutex::new(Some(console)),
+        })
+    }
+
+    pub(super) fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    pub(super) fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    pub(super) fn boot_source(&self) -> &BootSource {
+        &self.config.boot
+    }
+
+    pub(super) fn kernel(&self) -> Result<Arc<Kernel>, KernelFileError> {
+        self.kernel.get(&self.config.boot.kernel)
+    }
+
+    /// The kernel for a single look: what nobody else uses is forgotten again.
+    pub(super) fn borrow_kernel(&self) -> Result<Arc<Kernel>, KernelFileError> {
+        self.kernel.borrow(&self.config.boot.kernel)
+    }
+
+    pub(super) fn incarnation(&self) -> u64 {
+        lock(&self.state).incarnation
+    }
+
+    pub(super) fn run_state(&self) -> RunState {
+        lock(&self.state).run_state
+    }
+
+    pub(super) fn set_run_state(&self, to: RunState) {
+        lock(&self.state).run_state = to;
+    }
+
+    /// Builds a board over cleared memory.
+    pub(super) fn build_board(&self) -> Result<Arc<Board>, StartError> {
+        self.ram.clear().map_err(|source| StartError::Host {
+            what: "clearing guest memory",
+            source,
+        })?;
+        let parts = Parts {
+            kvm: &self.kvm,
+            ram: &self.ram,
+            boot: &self.config.boot,
+            cpus: self.config.cpus,
+            nested: self.config.nested,
+            console: self.outbox.clone(),
+        };
+        Board::new(&parts).map(Arc::new)
+    }
+
+    /// Makes `board` the current one, whose vCPUs have the seats of `generation`.
+    pub(super) fn install(&self, board: Arc<Board>, generation: u64) {
+        let mut state = lock(&self.state);
+        state.incarnation = generation;
+        state.run_state = match state.stopped_since {
+            Some(_) => RunState::Paused,
+            None => RunState::Running,
+        };
+        state.board = Some(board);
+    }
+
+    /// There is no board any more, and there will be none.
+    pub(super) fn retire(&self) {
+        lock(&self.state).board = None;
+    }
+
+    pub(super) fn board(&self) -> Option<Arc<Board>> {
+        lock(&self.state).board.clone()
+    }
+
+    pub(super) fn cpus(&self) -> Vec<CpuInfo> {
+        let board = self.board();
+        let slots = board.iter().flat_map(|board| board.vcpus());
+        (0..)
+            .zip(slots)
+            .map(|(index, slot)| CpuInfo {
+                index,
+                thread_id: slot.tid(),
+            })
+            .collect()
+    }
+
+    /// Stops the vCPUs of the board that is current, waiting for the next one during a reset.
+    fn hold(&self, deadline: Instant) -> Result<(Arc<Board>, Instant), StopError> {
+        loop {
+            self.gate.wait_open(deadline);
+            let (board, generation) = {
+                let state = lock(&self.state);
+                (state.board.clone(), state.incarnation)
+            };
+            let Some(board) = board else {
+                // The first board is about to be there, unless the guest has ended.
+                if generation == 0 && Instant::now() < deadline {
+                    thread::yield_now();
+                    continue;
+                }
+                return Err(StopError::Ended);
+            };
+            let held = self.gate.hold(generation, deadline, |index| {
+                if let Some(slot) = board.vcpus().get(index) {
+                    slot.kick();
+                }
+            });
+            match held {
+                Ok(first_parked) => return Ok((board, first_parked)),
+                Err(StopError::Ended) if Instant::now() < deadline => thread::yield_now(),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    pub(super) fn with_stopped<R>(
+        &self,
+        within: Duration,
+        work: impl FnOnce(&mut Stopped<'_>) -> R,
+    ) -> Result<(R, StopTimes), StopError> {
+        let asked = Instant::now();
+        let deadline = deadline_in(within);
+        // The next board is built under a claim: ours must not be what it waits for.
+        self.gate.wait_open(deadline);
+        let claim = self.gate.claim(deadline)?;
+        let was_running = !self.gate.held();
+        let (board, first_parked) = self.hold(deadline)?;
+        let hold = Release(&self.gate);
+        let to_stopped = asked.elapsed();
+        let mut stopped = Stopped::new(&board)?;
+        let result = work(&mut stopped);
+        if first_parked.elapsed() > TELL_CLOCK_AFTER {
+            stopped.tell_clock();
+        }
+        drop(stopped);
+        let stalled = if was_running {
+            first_parked.elapsed()
+        } else {
+            Duration::ZERO
+        };
+        drop(hold);
+        drop(claim);
+        Ok((
+            result,
+            StopTimes {
+                to_stopped,
+                stalled,
+            },
+        ))
+    }
+
+    pub(super) fn client_stop(&self, within: Duration) -> Result<StopTimes, StopError> {
+        let asked = Instant::now();
+        if lock(&self.state).stopped_since.is_some() {
+            return Ok(StopTimes::default());
+        }
+        let (_, first_parked) = self.hold(deadline_in(within))?;
+        let to_stopped = asked.elapsed();
+        {
+            let mut state = lock(&self.state);
+            if state.stopped_since.is_some() {
+                drop(state);
+                self.gate.release();
+                return Ok(StopTimes::default());
+            }
+            state.stopped_since = Some(first_parked);
+            state.run_state = RunState::Paused;
+        }
+        self.announce(&Event::Stop);
+        Ok(StopTimes {
+            to_stopped,
+            stalled: Duration::ZERO,
+        })
+    }
+
+    /// Waits until nobody works on the stopped guest, and keeps it so.
+    pub(super) fn claim(&self, within: Duration) -> Result<Claim<'_>, StopError> {
+        self.gate.claim(deadline_in(within))
+    }
+
+    pub(super) fn client_cont(&self) -> Result<Duration, StopError> {
+        let board = self.board().ok_or(StopError::Ended)?;
+        let since = lock(&self.state).stopped_since;
+        let Some(since) = since else {
+            return Ok(Duration::ZERO);
+        };
+        // Every vCPU is parked by the client's own hold: looking at them takes no second one.
+        if let Ok(claim) = self.gate.claim(deadline_in(TELL_CLOCK_PATIENCE)) {
+            if let Ok(stopped) = Stopped::new(&board) {
+                stopped.tell_clock();
+            }
+            drop(claim);
+        }
+        {
+            let mut state = lock(&self.state);
+            if state.stopped_since.take().is_none() {
+                return Ok(Duration::ZERO);
+            }
+            state.run_state = RunState::Running;
+        }
+        self.announce(&Event::Resume);
+        let stalled = since.elapsed();
+        self.gate.release();
+        Ok(stalled)
+    }
+
+    pub(super) fn press_power_button(&self) -> bool {
+        let Some(board) = self.board() else {
+            return false;
+        };
+        let listens = board.bus().press_power_button(board.vm());
+        self.announce(&Event::Powerdown);
+        listens
+    }
+
+    pub(super) fn subscribe(&self, sink: EventSink) {
+        lock(&self.sinks).push(sink);
+    }
+
+    pub(super) fn announce(&self, event: &Event) {
+        for sink in lock(&self.sinks).iter() {
+            sink(event);
+        }
+    }
+
+    pub(super) fn ask(&self, wish: Wish) {
+        // The supervisor is gone only when the machine has ended.
+        let _ = self.wishes.send(wish);
+    }
+}
+
+/// A stop shorter than this needs no word to the guest's watchdogs, which look every few seconds.
+const TELL_CLOCK_AFTER: Duration = Duration::from_millis(100);
+/// How long a resume waits for another operation before it goes on without telling the clock.
+const TELL_CLOCK_PATIENCE: Duration = Duration::from_millis(100);
+
+/// Releases a hold when dropped, also when the work panics.
+struct Release<'a>(&'a Gate);
+
+impl Drop for Release<'_> {
+    fn drop(&mut self) {
+        self.0.release();
+    }
+}
+
+impl Reports for Shared {
+    fn ended(&self, ending: Ending) {
+        self.ask(Wish::Ended(ending));
+    }
+
+    fn write_refused(&self, write: RefusedWrite) {
+        if write.count <= ANNOUNCED_WRITES {
+            tracing::warn!(
+                vcpu = write.vcpu,
+                address = format_args!("{:#x}", write.address),
+                count = write.count,
+                "the guest tried to write the code arena"
+            );
+            self.announce(&Event::Own {
+                name: "ARENA_WRITE_REFUSED",
+                data: serde_json::to_value(write).unwrap_or_default(),
+            });
+        }
+    }
+}
+
+impl Keyboard for Arc<Shared> {
+    fn input(&self, bytes: &[u8]) {
+        let permit = self.gate.device_permit();
+        if let Some(board) = self.board() {
+            board.serial_input(bytes);
+        }
+        drop(permit);
+    }
+
+    fn leave(&self) {
+        self.ask(Wish::Quit);
+    }
+}

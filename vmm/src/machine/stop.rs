@@ -1,0 +1,144 @@
+//! The guard that exists while every vCPU is parked, and what a stop costs.
+
+use std::sync::MutexGuard;
+use std::time::Duration;
+
+use kvm_ioctls::VcpuFd;
+use patcher::guest::{Gpa, GuestMemory, MemoryError, RamRange, StoppedGuest, Vcpu};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::board::Board;
+use super::vcpu_state::{self, CpuState};
+
+/// How long a stop took.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct StopTimes {
+    /// From the request until every vCPU was parked.
+    pub to_stopped: Duration,
+    /// From the first vCPU that parked until all were let go: what the guest missed. Zero when
+    /// the guest had been stopped before.
+    pub stalled: Duration,
+}
+
+/// Why the guest could not be stopped or continued.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// A vCPU did not leave guest mode in time.
+    #[error("vCPU {vcpu} did not stop within {} ms; the guest runs on", waited.as_millis())]
+    Deadline {
+        /// The vCPU that did not come.
+        vcpu: u32,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// A device did not finish what it was doing in time.
+    #[error("a device was still busy after {} ms; the guest runs on", waited.as_millis())]
+    DeviceDeadline {
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// Another operation has the guest stopped.
+    #[error(
+        "another operation kept the guest stopped for {} ms: try again when it is done",
+        waited.as_millis()
+    )]
+    Busy {
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// There is nothing to stop any more.
+    #[error("the guest has ended")]
+    Ended,
+    /// Registers could not be read.
+    #[error("vCPU {vcpu}: {what}")]
+    Kvm {
+        /// The vCPU concerned.
+        vcpu: u32,
+        /// What KVM said.
+        what: String,
+    },
+}
+
+/// Proof that every vCPU is parked; dropping it lets go on exactly what it stopped.
+///
+/// It holds each vCPU's own lock, which the vCPU's thread needs to enter guest mode: no vCPU can
+/// run while a value of this type exists.
+pub struct Stopped<'a> {
+    board: &'a Board,
+    fds: Vec<MutexGuard<'a, VcpuFd>>,
+    vcpus: Vec<Vcpu>,
+}
+
+impl<'a> Stopped<'a> {
+    /// Takes every vCPU's lock. Only for a caller that holds the gate.
+    pub(super) fn new(board: &'a Board) -> Result<Self, StopError> {
+        let fds: Vec<_> = board.vcpus().iter().map(|vcpu| vcpu.lock()).collect();
+        let vcpus = (0..)
+            .zip(&fds)
+            .map(|(index, fd)| vcpu_state::summary(index, fd))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { board, fds, vcpus })
+    }
+
+    /// The full register state of vCPU `index`.
+    ///
+    /// # Errors
+    /// [`StopError::Kvm`] when there is no such vCPU or KVM refuses.
+    pub fn cpu_state(&self, index: u32) -> Result<CpuState, StopError> {
+        let fd = usize::try_from(index).ok().and_then(|at| self.fds.get(at));
+        let fd = fd.ok_or_else(|| StopError::Kvm {
+            vcpu: index,
+            what: "no such vCPU".into(),
+        })?;
+        vcpu_state::full(index, fd)
+    }
+
+    /// Tells the guest's watchdogs that time passed while it did not run.
+    pub(super) fn tell_clock(&self) {
+        for fd in &self.fds {
+            // A vCPU that has not set up its clock page yet has no watchdog to tell.
+            let _ = fd.kvmclock_ctrl();
+        }
+    }
+}
+
+impl GuestMemory for Stopped<'_> {
+    fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+        match self.board.ram().read(at, into) {
+            Ok(()) => Ok(()),
+            Err(_) => self.board.blocks().read(at, into),
+        }
+    }
+
+    fn ram(&self) -> Vec<RamRange> {
+        self.board.ram().ram()
+    }
+}
+
+impl StoppedGuest for Stopped<'_> {
+    fn vcpus(&self) -> &[Vcpu] {
+        &self.vcpus
+    }
+
+    fn write(&mut self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
+        let out_of_range = || MemoryError::OutOfRange {
+            at,
+            len: bytes.len() as u64,
+        };
+        let map = self.board.ram().map();
+        if vm_memory::GuestMemoryBackend::check_range(map, GuestAddress(at.0), bytes.len()) {
+            return map
+                .write_slice(bytes, GuestAddress(at.0))
+                .map_err(|_| out_of_range());
+        }
+        self.board.blocks().write(at, bytes)
+    }
+
+    fn add_block(&mut self, len: u64, read_only: bool) -> Result<Gpa, MemoryError> {
+        self.board.blocks().add(self.board.vm(), len, read_only)
+    }
+
+    fn remove_block(&mut self, at: Gpa) -> Result<(), MemoryError> {
+        self.board.blocks().remove(self.board.vm(), at)
+    }
+}

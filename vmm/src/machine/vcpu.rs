@@ -1,0 +1,105 @@
+//! A vCPU's thread: from the gate into the guest and, exit by exit, back.
+
+use std::sync::Arc;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::autopsy::Panic;
+use super::board::Board;
+use super::bus::Request;
+use super::gate::{Gate, Pass};
+use super::refused::{self, RefusedWrite};
+
+/// Why a vCPU's thread ended the machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Ending {
+    PowerOff,
+    Reset,
+    TripleFault,
+    /// The kernel was found spinning after a panic.
+    Panic(Panic),
+    Error(String),
+}
+
+/// What a vCPU tells the machine.
+pub(super) trait Reports: Send + Sync {
+    fn ended(&self, ending: Ending);
+    fn write_refused(&self, write: RefusedWrite);
+}
+
+/// Body of the thread of vCPU `index`.
+pub(super) fn run(gate: &Gate, board: &Arc<Board>, index: usize, reports: &dyn Reports) {
+    let Some(slot) = board.vcpus().get(index) else {
+        return;
+    };
+    slot.set_tid();
+    loop {
+        match gate.pass(index, || slot.unkick()) {
+            Pass::Leave => return,
+            Pass::Go => {}
+            Pass::GoAfterPark => serialise(),
+        }
+        let mut fd = slot.lock();
+        let ending = stay_in_guest(&mut fd, board, index, reports);
+        drop(fd);
+        if let Some(ending) = ending {
+            reports.ended(ending);
+            gate.leave(index);
+            return;
+        }
+    }
+}
+
+/// Guest text may have changed while this thread was parked: the instruction set asks for a
+/// serialising instruction on each processor that will execute it (SDM vol. 3A, 9.1.3,
+/// "Handling Self- and Cross-Modifying Code").
+fn serialise() {
+    std::hint::black_box(std::arch::x86_64::__cpuid(0));
+}
+
+/// Runs the vCPU until it is kicked (`None`) or ends the machine.
+fn stay_in_guest(
+    fd: &mut VcpuFd,
+    board: &Board,
+    index: usize,
+    reports: &dyn Reports,
+) -> Option<Ending> {
+    loop {
+        match fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => board.bus().read(port, data),
+            Ok(VcpuExit::IoOut(port, data)) => match board.bus().write(board.vm(), port, data) {
+                None => {}
+                Some(Request::PowerOff) => return Some(Ending::PowerOff),
+                Some(Request::Reset) => return Some(Ending::Reset),
+            },
+            Ok(VcpuExit::MmioRead(_, data)) => data.fill(0xff),
+            Ok(VcpuExit::MmioWrite(at, data)) => {
+                if let Some(count) = board.blocks().refuse_write(at) {
+                    reports.write_refused(RefusedWrite::new(at, data.len(), index, count));
+                }
+            }
+            Ok(VcpuExit::Shutdown) => return Some(Ending::TripleFault),
+            Ok(VcpuExit::InternalError) => match refused::handle(fd, board, index) {
+                Ok(Some(write)) => reports.write_refused(write),
+                Ok(None) => {}
+                Err(what) => return Some(Ending::Error(format!("vCPU {index}: {what}"))),
+            },
+            Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                return Some(Ending::Error(format!(
+                    "vCPU {index}: entry failed on host CPU {cpu}, reason {reason:#x}"
+                )));
+            }
+            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => {}
+            Ok(other) => {
+                return Some(Ending::Error(format!(
+                    "vCPU {index}: unexpected exit {other:?}"
+                )));
+            }
+            // A kick; on a vCPU that waits for its SIPI also "not runnable yet".
+            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {
+                return None;
+            }
+            Err(error) => return Some(Ending::Error(format!("vCPU {index}: KVM_RUN: {error}"))),
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! Where the machine and the patcher meet: the guest's kernel as commands see it.
+//!
+//! The kernel's file is opened when a command first needs it, never while the guest is stopped.
+//! A thread of its own looks now and then whether what was changed is still there, and frees what
+//! nobody needs any more.
+
+mod commands;
+mod error;
+mod session;
+mod vmcoreinfo;
+
+use std::time::Duration;
+use std::{io, thread};
+
+pub use commands::register;
+pub use session::{Patching, StopReport, WithStop};
+pub use vmcoreinfo::vmcoreinfo_source;
+
+/// How often the guest is looked at while something of ours is in it.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+impl Patching {
+    /// Starts the thread that looks after what is in the guest.
+    ///
+    /// # Errors
+    /// What the host said when there is no thread to be had.
+    pub fn start_looking(&self) -> io::Result<()> {
+        let patching = self.clone();
+        let body = move || {
+            loop {
+                thread::sleep(LOOK_EVERY);
+                patching.look();
+            }
+        };
+        thread::Builder::new()
+            .name("patching".into())
+            .spawn(body)
+            .map(drop)
+    }
+}

@@ -1,0 +1,233 @@
+//! The patcher of the running machine, and the stops that its changes take.
+//!
+//! Everything that can be done while the guest runs is done before it is stopped. A change that the
+//! guest stands in the way of is tried again, each time in a new stop, until the deadline.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use patcher::Kernel;
+use patcher::guest::StoppedGuest;
+use patcher::patch::{Applied, PatchError, Patcher};
+
+use super::error::refusal;
+use crate::control::command::{Context, StopRecord};
+use crate::control::protocol::{QmpError, Reason};
+use crate::machine::{Event, Machine, StopTimes};
+
+/// The first pause between two tries; it doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// The patcher of one machine; clones share it.
+#[derive(Clone)]
+pub struct Patching {
+    machine: Machine,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Default)]
+struct State {
+    patcher: Option<Patcher>,
+    /// The incarnation of the machine that the patcher knows.
+    incarnation: u64,
+}
+
+/// What the stops of one command cost the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StopReport {
+    /// How many stops it took.
+    pub stops: u32,
+    /// Microseconds from the last request until every vCPU was parked.
+    pub to_stopped_us: u64,
+    /// Microseconds that the guest missed in the last stop.
+    pub stalled_us: u64,
+    /// Microseconds that the guest missed in all of them.
+    pub stalled_in_all_us: u64,
+}
+
+impl StopReport {
+    fn add(&mut self, times: StopTimes) {
+        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.stops += 1;
+        self.to_stopped_us = us(times.to_stopped);
+        self.stalled_us = us(times.stalled);
+        self.stalled_in_all_us = self.stalled_in_all_us.saturating_add(self.stalled_us);
+    }
+}
+
+/// An answer, and what it cost the guest.
+#[derive(Debug, serde::Serialize)]
+pub struct WithStop<R> {
+    #[serde(flatten)]
+    answer: R,
+    stop: StopReport,
+}
+
+impl Patching {
+    /// Nothing is opened yet.
+    #[must_use]
+    pub fn new(machine: Machine) -> Self {
+        Self {
+            machine,
+            state: Arc::default(),
+        }
+    }
+
+    /// The guest's kernel, opened now if it has not been.
+    ///
+    /// # Errors
+    /// [`Reason::Io`] when its file cannot be read or understood.
+    pub fn kernel(&self) -> Result<Arc<Kernel>, QmpError> {
+        self.machine
+            .kernel()
+            .map_err(|error| QmpError::new(Reason::Io, error.to_string()))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Works with the patcher, without the guest.
+    ///
+    /// # Errors
+    /// Those of [`Patching::kernel`], and of `work`.
+    pub fn with<R>(
+        &self,
+        work: impl FnOnce(&mut Patcher) -> Result<R, PatchError>,
+    ) -> Result<R, QmpError> {
+        let kernel = self.kernel()?;
+        let mut state = self.lock();
+        let patcher = self.current(&mut state, kernel)?;
+        work(patcher).map_err(|error| refusal(&error))
+    }
+
+    /// Works with the patcher on the stopped guest, again and again until it succeeds, is refused
+    /// for good, or the deadline passes.
+    ///
+    /// # Errors
+    /// [`Reason::Deadline`] names who stood in the way last; refusals of `work` as they are. The
+    /// guest runs on, unchanged.
+    pub fn stopped<R>(
+        &self,
+        context: &Context,
+        command: &'static str,
+        within: Duration,
+        mut work: impl FnMut(&mut Patcher, &mut dyn StoppedGuest) -> Result<R, PatchError>,
+    ) -> Result<WithStop<R>, QmpError> {
+        let kernel = self.kernel()?;
+        // Opening the kernel's file, once, is not time in which the guest could have been stopped.
+        let deadline = Instant::now() + within;
+        let mut pause = FIRST_PAUSE;
+        let mut stop = StopReport::default();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let (result, times) = {
+                let mut state = self.lock();
+                let patcher = self.current(&mut state, kernel.clone())?;
+                self.machine
+                    .with_stopped(left.max(FIRST_PAUSE), |guest| work(patcher, guest))?
+            };
+            stop.add(times);
+            context.services.record_stop(StopRecord {
+                command,
+                to_stopped: times.to_stopped,
+                stalled: Some(times.stalled),
+            });
+            let error = match result {
+                Ok(answer) => return Ok(WithStop { answer, stop }),
+                Err(error) => error,
+            };
+            if let PatchError::Gone { why, lost } = &error {
+                self.announce_gone(why, lost.iter().map(|id| id.0).collect());
+            }
+            if !error.passes() {
+                return Err(refusal(&error));
+            }
+            if context.peer.is_gone() {
+                return Err(QmpError::new(
+                    Reason::Cancelled,
+                    "nobody waits for the answer",
+                ));
+            }
+            if Instant::now() + pause >= deadline {
+                let text = format!("nothing was changed: {}", refusal(&error));
+                return Err(QmpError::new(Reason::Deadline, text));
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// The patcher for this incarnation of the machine.
+    fn current<'s>(
+        &self,
+        state: &'s mut State,
+        kernel: Arc<Kernel>,
+    ) -> Result<&'s mut Patcher, QmpError> {
+        let incarnation = self.machine.incarnation();
+        if state.incarnation != incarnation {
+            state.incarnation = incarnation;
+            self.forget(state);
+        }
+        match &mut state.patcher {
+            Some(patcher) => Ok(patcher),
+            none => {
+                let patcher = Patcher::new(kernel)
+                    .map_err(|error| QmpError::new(Reason::Refused, error.to_string()))?;
+                Ok(none.insert(patcher))
+            }
+        }
+    }
+
+    /// After a reset nothing of ours is in the guest: its memory was cleared, its blocks are gone.
+    fn forget(&self, state: &mut State) {
+        let Some(patcher) = &mut state.patcher else {
+            return;
+        };
+        let why = "the machine was reset";
+        let lost: Vec<Applied> = patcher.forget(why).lost;
+        if !lost.is_empty() {
+            self.announce_gone(why, lost.iter().map(|entry| entry.id.0).collect());
+        }
+    }
+
+    /// Notices a reset, or a kernel that replaced itself (kexec). Called now and then.
+    pub(super) fn look(&self) {
+        let mut state = self.lock();
+        let incarnation = self.machine.incarnation();
+        if state.incarnation != incarnation {
+            state.incarnation = incarnation;
+            self.forget(&mut state);
+        }
+        let Some(patcher) = &mut state.patcher else {
+            return;
+        };
+        let listing = patcher.list();
+        if listing.applied.is_empty() && listing.retired.is_empty() {
+            return;
+        }
+        let looked = self.machine.with_stopped(LOOK_DEADLINE, |guest| {
+            if listing.retired.is_empty() {
+                patcher.locate(guest).map(drop)
+            } else {
+                patcher.collect(guest).map(drop)
+            }
+        });
+        if let Ok((Err(PatchError::Gone { why, lost }), _)) = looked {
+            self.announce_gone(&why, lost.iter().map(|id| id.0).collect());
+        }
+    }
+
+    fn announce_gone(&self, why: &str, changes: Vec<u64>) {
+        self.machine.announce(&Event::Own {
+            name: "PATCHES_GONE",
+            data: serde_json::json!({ "reason": why, "changes": changes }),
+        });
+    }
+}
+
+/// How long [`Patching::look`] waits for the guest to stop.
+const LOOK_DEADLINE: Duration = Duration::from_millis(200);
