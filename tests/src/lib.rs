@@ -1,0 +1,43 @@
+//! The harness of the integration tests: guests that boot the real binary, natively or in the lab.
+//!
+//! ```no_run
+//! use stillpoint_tests::{Guest, TestResult, on_kvm};
+//!
+//! #[test]
+//! fn says_which_kernel_it_runs() -> TestResult {
+//!     on_kvm(|| {
+//!         let guest = Guest::boot("6.12").cpus(2).start()?;
+//!         assert!(guest.sh("cat /proc/version")?.contains("Linux version 6.12"));
+//!         Ok(())
+//!     })
+//! }
+//! ```
+//!
+//! Where KVM can run stock guests a test runs as any other. Elsewhere [`on_kvm`] runs the same test
+//! of the same binary once more in the [`lab`], and fails when it fails there. What is needed (the
+//! `stillpoint` binary, kernels, the initramfs) is built or fetched on the way.
+
+pub mod bench;
+mod boot;
+mod console;
+mod cpio;
+mod failure;
+mod guest;
+pub mod lab;
+mod needs;
+mod place;
+mod qmp;
+mod ran;
+pub mod tally;
+
+pub use boot::Boot;
+pub use failure::{Failure, TestResult};
+pub use guest::Guest;
+pub use needs::{REPLACED, initramfs, kernel, python_client, replacement, stillpoint};
+pub use place::{on_host, on_kvm, on_kvm_with};
+pub use qmp::{Qmp, QmpError};
+pub use ran::Ran;
+
+/// How long anything in a test may take that ought to happen soon. Generous: level 1 of the lab
+/// shares its one CPU among all vCPUs, and the host may be busy.
+pub const SOON: std::time::Duration = std::time::Duration::from_secs(120);

@@ -1,0 +1,137 @@
+//! What tests need from the host: our binary, kernels, the initramfs. Made when first asked for.
+//!
+//! In the lab nothing can be built: whoever sends a test there has made everything before, and names
+//! the binary in `STILLPOINT_BIN`.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use crate::Failure;
+use crate::lab::image_cache;
+
+/// The folder of a kernel, as `guest-images/fetch` makes it.
+#[must_use]
+pub fn kernel(name: &str) -> PathBuf {
+    image_cache().join(name)
+}
+
+/// The test initramfs with the modules of a kernel.
+#[must_use]
+pub fn initramfs(kernel_name: &str) -> PathBuf {
+    kernel(kernel_name).join("initramfs.cpio")
+}
+
+/// An object file with code that stands in for a function of the guest kernel: `version`, for
+/// `version_proc_show`, makes `/proc/version` say [`REPLACED`].
+#[must_use]
+pub fn replacement(name: &str) -> PathBuf {
+    image_cache().join(name).with_extension("o")
+}
+
+/// What `/proc/version` says when it is replaced.
+pub const REPLACED: &str = "Stillpoint was here";
+
+/// What `scripts/setup` installs for tests: `qmp-shell`, `drgn`, and a Python with their libraries.
+#[must_use]
+pub fn python_client(name: &str) -> PathBuf {
+    image_cache().join("python/bin").join(name)
+}
+
+/// Our binary, of the same profile as this test.
+///
+/// # Errors
+///
+/// When it cannot be built.
+pub fn stillpoint() -> Result<PathBuf, Failure> {
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    if let Some(path) = std::env::var_os("STILLPOINT_BIN") {
+        return Ok(PathBuf::from(path));
+    }
+    BUILT.get_or_init(build).clone().map_err(Failure::new)
+}
+
+/// Makes all of it, once per process.
+pub(crate) fn prepare(kernels: &[&str]) -> Result<(), Failure> {
+    stillpoint()?;
+    let scripts = checkout().join("guest-images");
+    run(Command::new(scripts.join("fetch")).args(kernels)).map_err(Failure::new)?;
+    run(Command::new(scripts.join("replacement")).arg("version")).map_err(Failure::new)?;
+    for kernel in kernels {
+        run(Command::new(scripts.join("initramfs")).arg(kernel)).map_err(Failure::new)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn checkout() -> &'static Path {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().unwrap_or(tests)
+}
+
+/// This test is at TARGET/[TRIPLE/]PROFILE/deps/NAME: builds the binary beside it. Cargo does not
+/// build binaries of other packages for a test by itself.
+fn build() -> Result<PathBuf, String> {
+    let exe = std::env::current_exe().map_err(|e| e.to_string())?;
+    let profile_dir = exe
+        .ancestors()
+        .find(|dir| {
+            dir.parent()
+                .is_some_and(|above| above.ancestors().take(2).any(is_target_dir))
+        })
+        .and_then(|_| exe.parent())
+        .map(|dir| {
+            if dir.ends_with("deps") {
+                dir.parent().unwrap_or(dir)
+            } else {
+                dir
+            }
+        })
+        .ok_or_else(|| format!("{} is not in a target directory", exe.display()))?;
+    let target = profile_dir
+        .ancestors()
+        .find(|dir| is_target_dir(dir))
+        .ok_or_else(|| format!("{} is not in a target directory", exe.display()))?;
+    let profile = match profile_dir.file_name().and_then(|name| name.to_str()) {
+        Some("debug") | None => "dev",
+        Some(name) => name,
+    };
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            "stillpoint",
+            "--bin",
+            "stillpoint",
+        ])
+        .args(["--profile", profile, "--manifest-path"])
+        .arg(checkout().join("Cargo.toml"))
+        .arg("--target-dir")
+        .arg(target);
+    if let Some(triple) = profile_dir
+        .parent()
+        .filter(|above| *above != target)
+        .and_then(|dir| dir.file_name())
+    {
+        cargo.arg("--target").arg(triple);
+    }
+    run(&mut cargo)?;
+    Ok(profile_dir.join("stillpoint"))
+}
+
+fn is_target_dir(dir: &Path) -> bool {
+    dir.join("CACHEDIR.TAG").exists()
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("{command:?}: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(format!("{command:?}: {}\n{said}", output.status))
+}
