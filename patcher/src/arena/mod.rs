@@ -13,15 +13,13 @@
 mod place;
 mod slots;
 
-use crate::guest::{Gpa, Gva, MemoryError, StoppedGuest};
+use crate::guest::{BlockKind, Gpa, Gva, MemoryError, StoppedGuest};
 use crate::space::{Entry, Located, Root, Space, WalkError};
 pub use place::ArenaLayout;
 use slots::Slots;
 
 /// Bytes of each block: what one large entry maps.
 pub const BLOCK: u64 = 2 << 20;
-/// `int3`: what empty code is filled with.
-const FILLER: u8 = 0xcc;
 
 /// Why the arena could not be made or used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -122,6 +120,7 @@ pub struct ArenaReport {
 struct Block {
     at: Gva,
     gpa: Gpa,
+    kind: BlockKind,
     /// Where its page table entry is, with the value we wrote.
     entry: Entry,
     slots: Slots,
@@ -145,8 +144,9 @@ impl Arena {
         layout: &ArenaLayout,
     ) -> Result<Self, ArenaError> {
         let plan = place::plan(&located.space(&&*guest), located, layout)?;
-        let code = add(guest, located.root, &plan.code, plan.code_flags, true)?;
-        let data = match add(guest, located.root, &plan.data, plan.data_flags, false) {
+        let (code, data) = (BlockKind::Code, BlockKind::Data);
+        let code = add(guest, located.root, &plan.code, plan.code_flags, code)?;
+        let data = match add(guest, located.root, &plan.data, plan.data_flags, data) {
             Ok(data) => data,
             Err(error) => {
                 let _ = take_away(guest, &code);
@@ -202,11 +202,7 @@ impl Arena {
         slot: Slot,
         bytes: &[u8],
     ) -> Result<(), ArenaError> {
-        let block = if self.code.holds(slot.at) {
-            &self.code
-        } else {
-            &self.data
-        };
+        let block = self.block(slot);
         let len = bytes.len() as u64;
         if len > slot.len || !block.holds(slot.at) {
             return Err(ArenaError::Full {
@@ -218,19 +214,25 @@ impl Arena {
         guest.write(gpa, bytes).map_err(ArenaError::Write)
     }
 
+    fn block(&self, slot: Slot) -> &Block {
+        if self.code.holds(slot.at) {
+            &self.code
+        } else {
+            &self.data
+        }
+    }
+
     /// Gives a slot back: code becomes `int3`, data zero.
     ///
     /// # Errors
     /// [`ArenaError::Write`] when it cannot be cleared; it then stays taken.
     pub fn free(&mut self, guest: &mut dyn StoppedGuest, slot: Slot) -> Result<(), ArenaError> {
         let len = usize::try_from(slot.len.min(BLOCK)).unwrap_or(0);
-        let is_code = self.code.holds(slot.at);
-        let filler = if is_code { FILLER } else { 0 };
-        self.fill(guest, slot, &vec![filler; len])?;
-        let block = if is_code {
-            &mut self.code
-        } else {
-            &mut self.data
+        let kind = self.block(slot).kind;
+        self.fill(guest, slot, &vec![kind.filler(); len])?;
+        let block = match kind {
+            BlockKind::Code => &mut self.code,
+            BlockKind::Data => &mut self.data,
         };
         block.slots.give_back(slot.at.distance_from(block.at));
         Ok(())
@@ -292,12 +294,13 @@ fn add(
     root: Root,
     place: &place::Place,
     flags: u64,
-    is_code: bool,
+    kind: BlockKind,
 ) -> Result<Block, ArenaError> {
-    let gpa = guest.add_block(BLOCK, is_code).map_err(ArenaError::Block)?;
+    let gpa = guest.add_block(BLOCK, kind).map_err(ArenaError::Block)?;
     let mut block = Block {
         at: place.at,
         gpa,
+        kind,
         entry: Entry {
             raw: 0,
             ..place.entry
@@ -306,10 +309,6 @@ fn add(
     };
     let mut map = || {
         let raw = place::entry(gpa, flags).ok_or(ArenaError::Misplaced { at: gpa })?;
-        if is_code {
-            let filler = vec![FILLER; usize::try_from(BLOCK).unwrap_or(0)];
-            guest.write(gpa, &filler).map_err(ArenaError::Write)?;
-        }
         guest
             .write(place.entry.at, &raw.to_le_bytes())
             .map_err(ArenaError::Write)?;

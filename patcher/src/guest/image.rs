@@ -8,7 +8,9 @@ use object::Endianness;
 use object::elf::{FileHeader64, PT_LOAD, PT_NOTE};
 use object::read::elf::{FileHeader, ProgramHeader};
 
-use super::{Activity, Gpa, GuestMemory, MemoryError, RamRange, StoppedGuest, Vcpu, VcpuRegisters};
+use super::{
+    Activity, BlockKind, Gpa, GuestMemory, MemoryError, RamRange, StoppedGuest, Vcpu, VcpuRegisters,
+};
 
 /// Blocks are placed from here up when RAM ends below: clear of RAM and of every PCI window.
 const FIRST_BLOCK: u64 = 1 << 36;
@@ -48,7 +50,7 @@ struct Piece {
 struct Block {
     start: u64,
     bytes: Vec<u8>,
-    read_only: bool,
+    kind: BlockKind,
 }
 
 /// Guest RAM and vCPU registers held in memory.
@@ -176,7 +178,10 @@ impl MemoryImage {
                 at.0.checked_sub(b.start)
                     .is_some_and(|o| o < b.bytes.len() as u64)
             })
-            .map_or_else(|| self.slice(at, 1).is_some(), |b| !b.read_only)
+            .map_or_else(
+                || self.slice(at, 1).is_some(),
+                |b| b.kind == BlockKind::Data,
+            )
     }
 
     fn slice(&self, at: Gpa, len: usize) -> Option<&[u8]> {
@@ -285,7 +290,7 @@ impl StoppedGuest for MemoryImage {
         Ok(())
     }
 
-    fn add_block(&mut self, len: u64, read_only: bool) -> Result<Gpa, MemoryError> {
+    fn add_block(&mut self, len: u64, kind: BlockKind) -> Result<Gpa, MemoryError> {
         let used: u64 = self.blocks.iter().map(|b| b.bytes.len() as u64).sum();
         if len == 0 || len > MAX_BLOCKS.saturating_sub(used) {
             return Err(MemoryError::NoSlot(format!("no room for {len:#x} bytes")));
@@ -310,8 +315,8 @@ impl StoppedGuest for MemoryImage {
         let size = usize::try_from(len).map_err(|_| no_room())?;
         self.blocks.push(Block {
             start,
-            bytes: vec![0; size],
-            read_only,
+            bytes: vec![kind.filler(); size],
+            kind,
         });
         Ok(Gpa(start))
     }
@@ -443,20 +448,22 @@ mod tests {
     #[test]
     fn blocks_come_and_go() {
         let mut image = image();
-        let code = image.add_block(0x20_0000, true).unwrap();
-        let data = image.add_block(0x20_0000, false).unwrap();
+        let code = image.add_block(0x20_0000, BlockKind::Code).unwrap();
+        let data = image.add_block(0x20_0000, BlockKind::Data).unwrap();
         assert_ne!(code, data);
         assert_eq!(code.0 % BLOCK_ALIGN, 0);
         assert!(!image.guest_may_write(code));
         assert!(image.guest_may_write(data));
+        assert_eq!(image.read_u64(code).unwrap(), u64::from_le_bytes([0xcc; 8]));
+        assert_eq!(image.read_u64(data).unwrap(), 0);
         image.write(code.offset(8), &[9]).unwrap();
-        assert_eq!(image.read_u64(code.offset(8)).unwrap(), 9);
+        assert_eq!(image.read_u64(code.offset(8)).unwrap() & 0xff, 9);
         assert!(image.write(code.offset(0x1f_ffff), &[9, 9]).is_err());
         image.remove_block(code).unwrap();
         assert!(image.read_u64(code).is_err());
         assert!(image.remove_block(code).is_err());
-        assert!(image.add_block(u64::MAX, true).is_err());
-        assert!(image.add_block(0, true).is_err());
+        assert!(image.add_block(u64::MAX, BlockKind::Code).is_err());
+        assert!(image.add_block(0, BlockKind::Code).is_err());
     }
 
     #[test]

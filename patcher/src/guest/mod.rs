@@ -17,6 +17,27 @@ pub use image::{MemoryImage, MemoryImageError};
 pub use memory::{GuestMemory, MemoryError, RamRange};
 pub use vcpu::{Activity, Vcpu, VcpuRegisters};
 
+/// What a block of [`StoppedGuest::add_block`] is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BlockKind {
+    /// The guest cannot write it at all, whatever its page tables say; [`StoppedGuest::write`]
+    /// still can.
+    Code,
+    /// The guest may write it.
+    Data,
+}
+
+impl BlockKind {
+    /// What fills it where nothing was put: `int3`, on which a stray jump ends, or zero.
+    #[must_use]
+    pub fn filler(self) -> u8 {
+        match self {
+            Self::Code => 0xcc,
+            Self::Data => 0,
+        }
+    }
+}
+
 /// A guest all of whose vCPUs are parked outside guest mode, with their registers synchronised.
 ///
 /// Ordering law: a value of an implementing type exists only while the vCPUs are parked, and
@@ -33,15 +54,13 @@ pub trait StoppedGuest: GuestMemory {
     /// [`MemoryError::OutOfRange`] when any byte of the range is not guest RAM or an arena slot.
     fn write(&mut self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError>;
 
-    /// Adds a block of zeroed memory to the guest-physical address space, outside guest RAM and
-    /// within the guest's physical address width, aligned to 2 MiB.
-    ///
-    /// A `read_only` block cannot be written by the guest at all (its page tables do not matter);
-    /// [`StoppedGuest::write`] still can.
+    /// Adds a block of memory to the guest-physical address space, outside guest RAM and within
+    /// the guest's physical address width, aligned to 2 MiB. Every byte of it is
+    /// [`BlockKind::filler`].
     ///
     /// # Errors
     /// [`MemoryError::NoSlot`] when the hypervisor has no room for it.
-    fn add_block(&mut self, len: u64, read_only: bool) -> Result<Gpa, MemoryError>;
+    fn add_block(&mut self, len: u64, kind: BlockKind) -> Result<Gpa, MemoryError>;
 
     /// Takes a block away again and flushes every translation that led to it.
     ///

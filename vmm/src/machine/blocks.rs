@@ -1,6 +1,6 @@
 //! Blocks of memory beside guest RAM: where the patcher's arena lives.
 //!
-//! A block is a memslot of its own, above RAM and outside the hole below 4 GiB. A read-only block
+//! A block is a memslot of its own, above RAM and outside the hole below 4 GiB. A block for code
 //! cannot be written by the guest: each attempt leaves guest mode and is counted here.
 
 use std::ops::Range;
@@ -8,8 +8,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use patcher::guest::{Gpa, MemoryError};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use patcher::guest::{BlockKind, Gpa, MemoryError};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion, VolatileMemory,
+};
 
 use super::layout::{GIB, HIGH_RAM_START};
 use super::memory::GuestRam;
@@ -19,13 +22,37 @@ const ALIGNMENT: u64 = 2 << 20;
 struct Block {
     slot: u32,
     range: Range<u64>,
-    read_only: bool,
+    kind: BlockKind,
     map: GuestMemoryMmap,
+}
+
+/// Memory that will be a block.
+struct Filled {
+    kind: BlockKind,
+    len: u64,
+    memory: MmapRegion,
+}
+
+impl Filled {
+    fn new(len: u64, kind: BlockKind) -> Result<Self, MemoryError> {
+        let memory = MmapRegion::new(usize::try_from(len).map_err(no_slot)?).map_err(no_slot)?;
+        // Fresh memory is zero already, and not resident until it is touched.
+        if kind.filler() != 0 {
+            let all = memory.as_volatile_slice();
+            let page = [kind.filler(); 4096];
+            for at in (0..memory.len()).step_by(page.len()) {
+                all.write(&page, at).map_err(no_slot)?;
+            }
+        }
+        Ok(Self { kind, len, memory })
+    }
 }
 
 #[derive(Default)]
 struct State {
     blocks: Vec<Block>,
+    /// For the next block of its kind and length.
+    ready: Option<Filled>,
     refused_writes: u64,
 }
 
@@ -40,6 +67,12 @@ pub(super) struct Blocks {
 
 fn no_slot(what: impl std::fmt::Display) -> MemoryError {
     MemoryError::NoSlot(what.to_string())
+}
+
+fn aligned(len: u64) -> Result<u64, MemoryError> {
+    len.checked_next_multiple_of(ALIGNMENT)
+        .filter(|len| *len > 0)
+        .ok_or_else(|| no_slot("a block of no size"))
 }
 
 impl Blocks {
@@ -63,12 +96,28 @@ impl Blocks {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn add(&self, vm: &VmFd, len: u64, read_only: bool) -> Result<Gpa, MemoryError> {
+    /// Gets the memory of the first block for code ready, so that a stopped guest need not wait
+    /// until it is filled. Without effect when there is a block for code.
+    pub(super) fn get_ready(&self, len: u64) {
+        let kind = BlockKind::Code;
+        let in_use = |state: &State| {
+            state.ready.is_some() || state.blocks.iter().any(|block| block.kind == kind)
+        };
+        if in_use(&self.lock()) {
+            return;
+        }
+        // Without the lock: the guest's own exits take it. Memory that is not to be had is missed
+        // when the block is added.
+        let ready = aligned(len).and_then(|len| Filled::new(len, kind)).ok();
         let mut state = self.lock();
-        let len = len
-            .checked_next_multiple_of(ALIGNMENT)
-            .filter(|len| *len > 0)
-            .ok_or_else(|| no_slot("a block of no size"))?;
+        if !in_use(&state) {
+            state.ready = ready;
+        }
+    }
+
+    pub(super) fn add(&self, vm: &VmFd, len: u64, kind: BlockKind) -> Result<Gpa, MemoryError> {
+        let mut state = self.lock();
+        let len = aligned(len)?;
         let start = state.free_range(&self.room, len).ok_or_else(|| {
             no_slot(format_args!(
                 "no room for {len:#x} bytes in the guest's physical addresses"
@@ -77,12 +126,20 @@ impl Blocks {
         let slot = (self.first_slot..)
             .find(|slot| state.blocks.iter().all(|block| block.slot != *slot))
             .ok_or_else(|| no_slot("no slot number is free"))?;
-        let size = usize::try_from(len).map_err(no_slot)?;
-        let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(start), size)]).map_err(no_slot)?;
+        let ready = state
+            .ready
+            .take_if(|ready| (ready.kind, ready.len) == (kind, len));
+        let memory = ready.map_or_else(|| Filled::new(len, kind), Ok)?.memory;
+        let region = GuestRegionMmap::new(memory, GuestAddress(start))
+            .ok_or_else(|| no_slot("the block wraps"))?;
+        let map = GuestMemoryMmap::from_regions(vec![region]).map_err(no_slot)?;
         let host = map.get_host_address(GuestAddress(start)).map_err(no_slot)?;
         let region = kvm_userspace_memory_region {
             slot,
-            flags: if read_only { KVM_MEM_READONLY } else { 0 },
+            flags: match kind {
+                BlockKind::Code => KVM_MEM_READONLY,
+                BlockKind::Data => 0,
+            },
             guest_phys_addr: start,
             memory_size: len,
             userspace_addr: host as u64,
@@ -93,7 +150,7 @@ impl Blocks {
         state.blocks.push(Block {
             slot,
             range: start..start + len,
-            read_only,
+            kind,
             map,
         });
         Ok(Gpa(start))
@@ -148,17 +205,21 @@ impl Blocks {
             .map_err(|_| error)
     }
 
-    /// Counts a guest write if it hit a read-only block; the answer is how many there were.
+    /// Counts a guest write if it hit a block for code; the answer is how many there were.
     pub(super) fn refuse_write(&self, at: u64) -> Option<u64> {
         let mut state = self.lock();
-        state.at(Gpa(at)).filter(|block| block.read_only)?;
+        state
+            .at(Gpa(at))
+            .filter(|block| block.kind == BlockKind::Code)?;
         state.refused_writes += 1;
         Some(state.refused_writes)
     }
 
-    /// Whether `at` lies in a read-only block.
+    /// Whether `at` lies in a block for code.
     pub(super) fn is_read_only(&self, at: u64) -> bool {
-        self.lock().at(Gpa(at)).is_some_and(|block| block.read_only)
+        self.lock()
+            .at(Gpa(at))
+            .is_some_and(|block| block.kind == BlockKind::Code)
     }
 }
 

@@ -212,6 +212,11 @@ impl Machine {
         self.shared.with_stopped(deadline, work)
     }
 
+    /// Gets memory ready for a block of `len` bytes of code, which a stopped guest would wait for.
+    pub fn get_block_ready(&self, len: u64) {
+        self.shared.get_block_ready(len);
+    }
+
     /// Adds a receiver of events. It is called on the thread on which the event happens and must
     /// return at once.
     pub fn subscribe(&self, sink: EventSink) {

@@ -149,6 +149,12 @@ impl Shared {
         lock(&self.state).board.clone()
     }
 
+    pub(super) fn get_block_ready(&self, len: u64) {
+        if let Some(board) = self.board() {
+            board.blocks().get_ready(len);
+        }
+    }
+
     pub(super) fn cpus(&self) -> Vec<CpuInfo> {
         let board = self.board();
         let slots = board.iter().flat_map(|board| board.vcpus());

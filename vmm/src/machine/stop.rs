@@ -4,7 +4,7 @@ use std::sync::MutexGuard;
 use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
-use patcher::guest::{Gpa, GuestMemory, MemoryError, RamRange, StoppedGuest, Vcpu};
+use patcher::guest::{BlockKind, Gpa, GuestMemory, MemoryError, RamRange, StoppedGuest, Vcpu};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::board::Board;
@@ -134,8 +134,8 @@ impl StoppedGuest for Stopped<'_> {
         self.board.blocks().write(at, bytes)
     }
 
-    fn add_block(&mut self, len: u64, read_only: bool) -> Result<Gpa, MemoryError> {
-        self.board.blocks().add(self.board.vm(), len, read_only)
+    fn add_block(&mut self, len: u64, kind: BlockKind) -> Result<Gpa, MemoryError> {
+        self.board.blocks().add(self.board.vm(), len, kind)
     }
 
     fn remove_block(&mut self, at: Gpa) -> Result<(), MemoryError> {

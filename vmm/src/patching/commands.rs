@@ -85,6 +85,7 @@ pub fn register(registry: &mut Registry, patching: &Patching) {
         let within = arguments.deadline.or_usual();
         let request = redirect_request(arguments)?;
         let prepared = p.with(|patcher| patcher.prepare_redirect(request))?;
+        p.get_arena_ready();
         let origin = origin(context);
         p.stopped(context, "text-redirect", within, |patcher, guest| {
             patcher.commit_redirect(guest, &prepared, &origin)

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use patcher::Kernel;
+use patcher::arena::BLOCK;
 use patcher::guest::StoppedGuest;
 use patcher::patch::{Applied, PatchError, Patcher};
 
@@ -102,6 +103,11 @@ impl Patching {
         let mut state = self.lock();
         let patcher = self.current(&mut state, kernel)?;
         work(patcher).map_err(|error| refusal(&error))
+    }
+
+    /// Does what the arena needs and what can be done while the guest runs.
+    pub fn get_arena_ready(&self) {
+        self.machine.get_block_ready(BLOCK);
     }
 
     /// Works with the patcher on the stopped guest, again and again until it succeeds, is refused

@@ -13,7 +13,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use patcher::guest::{Gpa, GuestMemory, MemoryError, RamRange, StoppedGuest, Vcpu, VcpuRegisters};
+use patcher::guest::{
+    BlockKind, Gpa, GuestMemory, MemoryError, RamRange, StoppedGuest, Vcpu, VcpuRegisters,
+};
 use serde_json::{Value, json};
 use vmm::control::{ControlServer, ControlSocket, Host, StoppedHost, StoppedWork, command};
 use vmm::machine::{
@@ -245,7 +247,7 @@ impl StoppedGuest for FakeStopped<'_> {
         Err(MemoryError::ReadOnly)
     }
 
-    fn add_block(&mut self, _len: u64, _read_only: bool) -> Result<Gpa, MemoryError> {
+    fn add_block(&mut self, _len: u64, _kind: BlockKind) -> Result<Gpa, MemoryError> {
         Err(MemoryError::ReadOnly)
     }
 
