@@ -9,7 +9,7 @@ use super::report::{Evidence, FtraceMark};
 use crate::guest::{Activity, Gva, LinkAddr, StoppedGuest, Vcpu};
 use crate::space::Located;
 use crate::tasks::{Context, Found, Hit, Windows, scan};
-use crate::text::{MAX_INSTRUCTION, NOP5, Rewritten, branches_into, hex, whole};
+use crate::text::{MAX_INSTRUCTION, NOP5, branches_into, hex, whole};
 
 /// Longest function whose jumps are followed.
 const MAX_FUNCTION: u64 = 1 << 20;
@@ -18,7 +18,6 @@ const MAX_FUNCTION: u64 = 1 << 20;
 pub(super) struct Check<'a> {
     pub(super) know: &'a Knowledge,
     pub(super) located: &'a Located,
-    pub(super) rewritten: &'a Rewritten,
     pub(super) guest: &'a dyn StoppedGuest,
 }
 
@@ -49,7 +48,7 @@ impl Check<'_> {
         if let Some(id) = ledger.overlap(at.at(slide), len) {
             return Err(owned(at, format!("change {id}; revert that first")));
         }
-        if let Some((site, rewriter)) = self.rewritten.overlap(&self.know.kernel, at, len) {
+        if let Some((site, rewriter)) = self.know.rewritten.overlap(&self.know.kernel, at, len) {
             return Err(owned(site, format!("{rewriter}, which the guest rewrites")));
         }
         let space = self.located.space(&self.guest);

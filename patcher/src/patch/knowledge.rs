@@ -9,7 +9,7 @@ use crate::guest::LinkAddr;
 use crate::patch::code::ReturnSites;
 use crate::space::{Landmarks, LayoutError, Located, Space};
 use crate::tasks::TaskLayout;
-use crate::text::{BusyLayout, FtraceLayout, KprobesLayout, Regions, TablesLayout};
+use crate::text::{BusyLayout, FtraceLayout, KprobesLayout, Regions, Rewritten};
 
 /// Return sites that are looked at to learn what the boot made of them.
 const SAMPLES: usize = 4;
@@ -23,7 +23,7 @@ pub(super) struct Knowledge {
     pub(super) tasks: TaskLayout,
     pub(super) regions: Regions,
     pub(super) busy: BusyLayout,
-    pub(super) tables: TablesLayout,
+    pub(super) rewritten: Rewritten,
     pub(super) ftrace: Option<FtraceLayout>,
     pub(super) kprobes: Option<KprobesLayout>,
     pub(super) arena: ArenaLayout,
@@ -38,7 +38,7 @@ impl Knowledge {
             landmarks: Landmarks::of(&kernel)?,
             tasks: TaskLayout::of(&kernel)?,
             busy: BusyLayout::of(&kernel)?,
-            tables: TablesLayout::of(&kernel),
+            rewritten: Rewritten::of(&kernel)?,
             ftrace: FtraceLayout::of(&kernel)?,
             kprobes: KprobesLayout::of(&kernel),
             arena: ArenaLayout::of(&kernel)?,

@@ -20,7 +20,7 @@ use crate::arena::Arena;
 use crate::guest::StoppedGuest;
 use crate::space::{LayoutError, LocateError, Located};
 use crate::tasks::{Task, tasks};
-use crate::text::{NOP5, Rewritten, whole};
+use crate::text::{NOP5, whole};
 
 /// The changes to one guest's kernel.
 ///
@@ -32,19 +32,13 @@ use crate::text::{NOP5, Rewritten, whole};
 #[derive(Debug)]
 pub struct Patcher {
     know: Knowledge,
-    found: Option<Arc<InGuest>>,
+    /// Where the kernel was found last.
+    found: Option<Arc<Located>>,
     ledger: Ledger,
     arena: Option<Arena>,
     /// What the code of each applied redirect is.
     contents: BTreeMap<EntryId, Content>,
     retired: Retirement,
-}
-
-/// A kernel that was found in the guest.
-#[derive(Debug)]
-struct InGuest {
-    located: Located,
-    rewritten: Rewritten,
 }
 
 impl Patcher {
@@ -72,7 +66,7 @@ impl Patcher {
     /// Where the kernel was found last.
     #[must_use]
     pub fn located(&self) -> Option<&Located> {
-        self.found.as_ref().map(|found| &found.located)
+        self.found.as_deref()
     }
 
     /// Finds the kernel in the stopped guest, or checks that it is still there.
@@ -81,7 +75,7 @@ impl Patcher {
     /// [`PatchError::Locate`], [`PatchError::Gone`].
     pub fn locate(&mut self, guest: &mut dyn StoppedGuest) -> Result<KernelReport, PatchError> {
         let found = self.identify(guest)?;
-        Ok(self.kernel_report(&found.located))
+        Ok(self.kernel_report(&found))
     }
 
     /// Every task of the stopped guest.
@@ -91,8 +85,8 @@ impl Patcher {
     pub fn tasks(&mut self, guest: &mut dyn StoppedGuest) -> Result<Vec<Task>, PatchError> {
         let found = self.identify(guest)?;
         let memory = &&*guest;
-        let space = found.located.space(memory);
-        Ok(tasks(&space, &found.located, &self.know.tasks)?)
+        let space = found.space(memory);
+        Ok(tasks(&space, &found, &self.know.tasks)?)
     }
 
     /// Checks a change of bytes as far as it can be done without the guest.
@@ -116,14 +110,8 @@ impl Patcher {
         let found = self.identify(guest)?;
         let ready = prepared.check(&self.check(&found, guest), &self.ledger)?;
         let request = &prepared.request;
-        let address = ready.link.at(found.located.slide);
-        change(
-            guest,
-            found.located.root,
-            ready.ftrace,
-            address,
-            &request.write,
-        )?;
+        let address = ready.link.at(found.slide);
+        change(guest, found.root, ready.ftrace, address, &request.write)?;
         let entry = Applied {
             id: self.ledger.next(),
             kind: Kind::Text,
@@ -172,14 +160,14 @@ impl Patcher {
             fresh,
         } = Placing {
             know: &self.know,
-            located: &found.located,
+            located: &found,
             arena: &mut self.arena,
             retired: &mut self.retired,
         }
         .place(guest, &prepared.code, ready.entry)?;
-        let address = ready.nop.at(found.located.slide);
+        let address = ready.nop.at(found.slide);
         let changed = jump(address, placed.entry).and_then(|jump| {
-            change(guest, found.located.root, ready.ftrace, address, &jump)?;
+            change(guest, found.root, ready.ftrace, address, &jump)?;
             Ok(jump)
         });
         let id = self.ledger.next();
@@ -237,8 +225,8 @@ impl Patcher {
             let one = whole(entry.address, &entry.after.0).is_ok_and(|all| all.len() == 1);
             check.nobody_inside(&(entry.address..end), one)?
         };
-        let root = found.located.root;
-        let unmark = unmark(&self.know, guest, &found.located, entry.ftrace);
+        let root = found.root;
+        let unmark = unmark(&self.know, guest, &found, entry.ftrace);
         change(guest, root, unmark, entry.address, &entry.before.0)?;
         self.ledger.revert(id, origin.clone());
         if let (Some(placed), Some(content)) = (&entry.code, self.contents.remove(&id)) {
@@ -248,7 +236,7 @@ impl Patcher {
             entry,
             evidence,
             origin: origin.clone(),
-            collected: self.collect_in(guest, &found.located),
+            collected: self.collect_in(guest, &found),
         })
     }
 
@@ -261,7 +249,7 @@ impl Patcher {
             return Ok(Collected::default());
         }
         let found = self.identify(guest)?;
-        Ok(self.collect_in(guest, &found.located))
+        Ok(self.collect_in(guest, &found))
     }
 
     /// Everything that was done.
@@ -303,25 +291,24 @@ impl Patcher {
         }
     }
 
-    fn check<'a>(&'a self, found: &'a InGuest, guest: &'a dyn StoppedGuest) -> Check<'a> {
+    fn check<'a>(&'a self, located: &'a Located, guest: &'a dyn StoppedGuest) -> Check<'a> {
         Check {
             know: &self.know,
-            located: &found.located,
-            rewritten: &found.rewritten,
+            located,
             guest,
         }
     }
 
     /// Finds the kernel, and notices when it is not the one that was changed.
-    fn identify(&mut self, guest: &mut dyn StoppedGuest) -> Result<Arc<InGuest>, PatchError> {
+    fn identify(&mut self, guest: &mut dyn StoppedGuest) -> Result<Arc<Located>, PatchError> {
         let located = Located::find(guest, &self.know.landmarks);
         let why = match (&self.found, located) {
-            (Some(found), Ok(located)) if found.located == located => return Ok(found.clone()),
-            (None, Ok(located)) => return self.remember(guest, located),
+            (Some(found), Ok(located)) if **found == located => return Ok(found.clone()),
+            (None, Ok(located)) => return Ok(self.remember(located)),
             (Some(_), Ok(located)) => {
                 let why = "the guest has booted again".to_owned();
                 if self.is_idle() {
-                    return self.remember(guest, located);
+                    return Ok(self.remember(located));
                 }
                 why
             }
@@ -351,15 +338,10 @@ impl Patcher {
         self.arena.is_none() && self.ledger.applied().next().is_none()
     }
 
-    fn remember(
-        &mut self,
-        guest: &dyn StoppedGuest,
-        located: Located,
-    ) -> Result<Arc<InGuest>, PatchError> {
-        let rewritten = self.know.tables.read(&located.space(&guest), &located)?;
-        let found = Arc::new(InGuest { located, rewritten });
+    fn remember(&mut self, located: Located) -> Arc<Located> {
+        let found = Arc::new(located);
         self.found = Some(found.clone());
-        Ok(found)
+        found
     }
 
     fn kernel_report(&self, located: &Located) -> KernelReport {

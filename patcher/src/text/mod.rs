@@ -21,6 +21,6 @@ pub(crate) use decode::{
 pub use ftrace::{FtraceError, FtraceLayout, FtraceRecord};
 pub use kprobes::KprobesLayout;
 pub use regions::{RegionError, Regions};
-pub use tables::{Rewriter, Rewritten, TablesLayout};
+pub use tables::{Rewriter, Rewritten};
 pub use write::WriteError;
 pub(crate) use write::write;

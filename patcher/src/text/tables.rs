@@ -1,14 +1,13 @@
 //! Places in the text that the guest rewrites by itself while it runs.
 //!
 //! Jump labels and static calls are switched at any time, and the kernel stops with a BUG when it
-//! finds other bytes there than it expects. Their tables stay in guest memory; entries hold
-//! distances from themselves, so they give link addresses whatever the slide.
-
-use std::ops::Range;
+//! finds other bytes there than it expects. Their tables hold distances from each entry, so the
+//! kernel's file gives link addresses that hold whatever the slide; the boot sorts the tables, and
+//! the places stay.
 
 use crate::Kernel;
 use crate::guest::LinkAddr;
-use crate::space::{Located, Space, SpaceError, optional, optional_range};
+use crate::space::{LayoutError, optional, optional_range};
 use crate::text::decode::{MAX_INSTRUCTION, instruction_len};
 
 /// Longest instruction that is switched: a conditional jump with a 32-bit displacement.
@@ -38,74 +37,32 @@ impl std::fmt::Display for Rewriter {
     }
 }
 
-/// Where the tables are.
-#[derive(Clone, Debug)]
-pub struct TablesLayout {
-    /// Table, bytes of an entry, and what it is about.
-    tables: Vec<(Range<LinkAddr>, u64, Rewriter)>,
-    single: Vec<LinkAddr>,
+/// A table: the symbols at its ends, the type of an entry, and what it is about.
+struct Table {
+    name: &'static str,
+    start: &'static str,
+    end: &'static str,
+    entry: &'static str,
+    rewriter: Rewriter,
 }
 
-impl TablesLayout {
-    /// Looks them up in the kernel's file; a kernel may lack any of them.
-    #[must_use]
-    pub fn of(kernel: &Kernel) -> Self {
-        // `struct jump_entry` with relative entries, `struct static_call_site`.
-        let known = [
-            (
-                "__start___jump_table",
-                "__stop___jump_table",
-                "jump_entry",
-                Rewriter::JumpLabel,
-            ),
-            (
-                "__start_static_call_sites",
-                "__stop_static_call_sites",
-                "static_call_site",
-                Rewriter::StaticCall,
-            ),
-        ];
-        let tables = known
-            .into_iter()
-            .filter_map(|(start, end, entry, rewriter)| {
-                let range = optional_range(kernel, start, end)?;
-                let size = kernel.types().size_of(entry).ok()?;
-                (size >= 4).then_some((range, size, rewriter))
-            })
-            .collect();
-        let single = ["ftrace_call", "ftrace_regs_call", "ftrace_graph_call"]
-            .into_iter()
-            .filter_map(|name| optional(kernel.symbols(), name))
-            .collect();
-        Self { tables, single }
-    }
-
-    /// Reads the tables of a guest.
-    ///
-    /// # Errors
-    /// [`SpaceError`] when one cannot be read.
-    pub fn read(&self, space: &Space<'_>, located: &Located) -> Result<Rewritten, SpaceError> {
-        let mut sites: Vec<_> = self
-            .single
-            .iter()
-            .map(|&at| (at, Rewriter::Ftrace))
-            .collect();
-        for (range, size, rewriter) in &self.tables {
-            let len = range.end.distance_from(range.start).min(MAX_TABLE);
-            let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-            space.read(range.start.at(located.slide), &mut bytes)?;
-            let step = usize::try_from(*size).unwrap_or(usize::MAX);
-            for (index, entry) in bytes.chunks_exact(step).enumerate() {
-                let at = range.start.offset(index as u64 * size);
-                if let Some(raw) = entry.first_chunk() {
-                    sites.push((at.displace(i32::from_le_bytes(*raw).into()), *rewriter));
-                }
-            }
-        }
-        sites.sort_by_key(|&(at, _)| at);
-        Ok(Rewritten { sites })
-    }
-}
+/// `struct jump_entry` with relative entries, `struct static_call_site`.
+const TABLES: [Table; 2] = [
+    Table {
+        name: "table of jump labels",
+        start: "__start___jump_table",
+        end: "__stop___jump_table",
+        entry: "jump_entry",
+        rewriter: Rewriter::JumpLabel,
+    },
+    Table {
+        name: "table of static calls",
+        start: "__start_static_call_sites",
+        end: "__stop_static_call_sites",
+        entry: "static_call_site",
+        rewriter: Rewriter::StaticCall,
+    },
+];
 
 /// The places that a guest rewrites, by link address.
 #[derive(Clone, Debug, Default)]
@@ -114,6 +71,43 @@ pub struct Rewritten {
 }
 
 impl Rewritten {
+    /// Reads the tables in the kernel's file. A kernel may lack any of them.
+    ///
+    /// # Errors
+    /// [`LayoutError::Unknown`] for a table that it has and that is not in the file.
+    pub fn of(kernel: &Kernel) -> Result<Self, LayoutError> {
+        let single = ["ftrace_call", "ftrace_regs_call", "ftrace_graph_call"];
+        let mut sites: Vec<_> = single
+            .into_iter()
+            .filter_map(|name| Some((optional(kernel.symbols(), name)?, Rewriter::Ftrace)))
+            .collect();
+        for table in TABLES {
+            let Some(range) = optional_range(kernel, table.start, table.end) else {
+                continue;
+            };
+            let unknown = || LayoutError::Unknown { what: table.name };
+            let len = range.end.distance_from(range.start).min(MAX_TABLE);
+            let bytes = usize::try_from(len)
+                .ok()
+                .and_then(|len| kernel.image().read(range.start, len))
+                .ok_or_else(unknown)?;
+            let size = kernel.types().size_of(table.entry)?;
+            let step = usize::try_from(size).map_err(|_| unknown())?;
+            if step < 4 {
+                return Err(unknown());
+            }
+            for (index, entry) in bytes.chunks_exact(step).enumerate() {
+                let at = range.start.offset(index as u64 * size);
+                if let Some(raw) = entry.first_chunk() {
+                    let distance = i32::from_le_bytes(*raw);
+                    sites.push((at.displace(distance.into()), table.rewriter));
+                }
+            }
+        }
+        sites.sort_by_key(|&(at, _)| at);
+        Ok(Self { sites })
+    }
+
     /// The first such place that `len` bytes at `at` overlap. How long its instruction is, the
     /// kernel's file tells: switching does not change that.
     #[must_use]
