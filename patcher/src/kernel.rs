@@ -59,6 +59,12 @@ const KEPT: [&str; 16] = [
     ".orc_header",
 ];
 
+/// Tables of interest that are in larger sections.
+const KEPT_PARTS: [(&str, &str); 2] = [
+    ("__start___jump_table", "__stop___jump_table"),
+    ("__start_static_call_sites", "__stop_static_call_sites"),
+];
+
 impl Kernel {
     /// Opens a whole kernel file (bzImage or vmlinux).
     ///
@@ -73,7 +79,16 @@ impl Kernel {
             .and_then(|address| image.banner_at(address))
             .or(image.banner());
         let banner = banner.ok_or(KernelError::NoBanner)?.clone();
-        image.shrink_to(|section| section.executable || KEPT.contains(&section.name.as_str()));
+        let parts: Vec<_> = KEPT_PARTS
+            .iter()
+            .filter_map(|(start, end)| {
+                Some(symbols.address(start).ok()?..symbols.address(end).ok()?)
+            })
+            .collect();
+        image.shrink_to(
+            |section| section.executable || KEPT.contains(&section.name.as_str()),
+            &parts,
+        );
         Ok(Self {
             image,
             symbols,

@@ -269,31 +269,51 @@ impl Image {
         self.bytes.capacity()
     }
 
-    /// Forgets the bytes of every section that `keep` does not want. Addresses, sizes and the
-    /// image's identity stay known.
-    pub fn shrink_to(&mut self, keep: impl Fn(&Section) -> bool) {
+    /// Forgets the bytes of every section that `keep` does not want, but for `parts` of them.
+    /// Addresses, sizes and the image's identity stay known.
+    pub fn shrink_to(&mut self, keep: impl Fn(&Section) -> bool, parts: &[Range<LinkAddr>]) {
         let start = |section: &Section| section.file.as_ref().map_or(0, |file| file.start);
         let mut order: Vec<&mut Section> = self.sections.iter_mut().collect();
         order.sort_by_key(|section| start(section));
+        let mut parts = parts.to_vec();
+        parts.sort_by_key(|part| part.start);
         self.extents.clear();
         // Wanted bytes move down in place: pages that are never touched again cost nothing.
         let mut end = 0;
         for section in order {
-            let wanted = section.allocated && keep(section);
+            let whole = section.allocated && keep(section);
             // Sections of a kernel do not overlap. Of those that do, the first is kept.
+            let len = self.bytes.len();
             let file = section
                 .file
                 .take()
-                .filter(|file| wanted && file.start >= end);
-            if let Some(old) = file.filter(|file| file.end <= self.bytes.len()) {
+                .filter(|file| section.allocated && file.start >= end && file.end <= len);
+            let Some(file) = file else { continue };
+            let wanted = match whole {
+                true => vec![section.range()],
+                false => parts.clone(),
+            };
+            for part in wanted {
+                let offset = |at: LinkAddr| usize::try_from(at.distance_from(section.address)).ok();
+                let inside = part.start >= section.address && part.end <= section.range().end;
+                let (true, Some(from), Some(to)) = (inside, offset(part.start), offset(part.end))
+                else {
+                    continue;
+                };
+                let old = file.start.saturating_add(from)..file.start.saturating_add(to);
+                if old.start < end || old.end > file.end || old.is_empty() {
+                    continue;
+                }
                 let new = end..end + old.len();
                 self.bytes.copy_within(old, end);
                 end = new.end;
                 self.extents.push(Extent {
-                    address: section.address,
+                    address: part.start,
                     bytes: new.clone(),
                 });
-                section.file = Some(new);
+                if whole {
+                    section.file = Some(new);
+                }
             }
         }
         self.bytes.truncate(end);

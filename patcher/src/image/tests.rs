@@ -135,10 +135,17 @@ fn refusals_are_distinct() {
 fn shrinking_keeps_what_is_wanted() {
     let mut image = Image::open(vmlinux()).unwrap();
     let whole = image.resident();
-    image.shrink_to(|section| section.executable || section.name == ".notes");
+    let part = RODATA.offset(8)..RODATA.offset(24);
+    let wanted = image.read(part.start, 16).unwrap().to_vec();
+    image.shrink_to(
+        |section| section.executable || section.name == ".notes",
+        &[part.clone(), LinkAddr(8)..LinkAddr(16)],
+    );
     assert!(image.resident() < whole);
     assert_eq!(image.read(TEXT.offset(0x100), 2), Some(&[0xcc; 2][..]));
     assert_eq!(image.read(RODATA, 1), None);
+    assert_eq!(image.read(part.start, 16), Some(&wanted[..]));
+    assert_eq!(image.read(part.start, 17), None);
     let id = image.build_id().unwrap().clone();
     assert_eq!(image.read(id.address, 20), Some(&id.bytes[..]));
     assert_eq!(image.banner().unwrap().release(), "6.99.0-synthetic");
@@ -168,7 +175,7 @@ fn no_prefix_and_no_damage_leads_to_a_panic() {
                 image.section_at(RODATA),
                 image.banner(),
             );
-            image.shrink_to(|_| true);
+            image.shrink_to(|_| true, &[]);
             assert!(image.resident() <= plain.len() + 64);
         }
     }
