@@ -8,7 +8,8 @@ use std::time::Duration;
 use patcher::guest::{Gpa, GuestMemory, MemoryError, StoppedGuest};
 
 use crate::machine::{
-    CpuInfo, CpuState, EventSink, Machine, RamRegion, RunState, StopError, StopTimes, Stopped,
+    CpuInfo, CpuState, EventSink, Machine, RamRegion, Resumed, RunState, StopError, StopTimes,
+    Stopped,
 };
 
 /// Work that is done while the guest is stopped.
@@ -29,7 +30,7 @@ pub trait Host: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`StopError::Ended`].
-    fn cont(&self) -> Result<Duration, StopError>;
+    fn cont(&self) -> Result<Resumed, StopError>;
 
     /// Ends the machine and the process.
     fn quit(&self);
@@ -90,7 +91,7 @@ impl Host for Machine {
         Machine::stop(self, deadline)
     }
 
-    fn cont(&self) -> Result<Duration, StopError> {
+    fn cont(&self) -> Result<Resumed, StopError> {
         Machine::cont(self)
     }
 

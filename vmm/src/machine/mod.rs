@@ -87,6 +87,25 @@ pub struct CpuInfo {
     pub thread_id: i32,
 }
 
+/// A guest that goes on when this is dropped. A caller may send its answer first: where vCPUs have
+/// to share a host CPU with it, they would run before.
+#[must_use]
+pub struct Resumed {
+    /// How long it was stopped; zero when it was not.
+    pub stalled: Duration,
+    _let_go: Option<shared::LetGo>,
+}
+
+impl Resumed {
+    /// Nothing is held any more.
+    pub fn after(stalled: Duration) -> Self {
+        Self {
+            stalled,
+            _let_go: None,
+        }
+    }
+}
+
 /// A handle on the machine; clones share it.
 #[derive(Clone)]
 pub struct Machine {
@@ -127,12 +146,12 @@ impl Machine {
         self.shared.client_stop(deadline)
     }
 
-    /// Lets a guest go on that [`Machine::stop`] stopped. Continuing a running guest is fine.
-    /// Returns how long it was stopped.
+    /// Lets a guest go on that [`Machine::stop`] stopped, as soon as the answer is dropped.
+    /// Continuing a running guest is fine.
     ///
     /// # Errors
     /// [`StopError::Ended`] when the guest has ended or panicked.
-    pub fn cont(&self) -> Result<Duration, StopError> {
+    pub fn cont(&self) -> Result<Resumed, StopError> {
         self.shared.client_cont()
     }
 

@@ -17,10 +17,10 @@ use super::memory::GuestRam;
 use super::refused::RefusedWrite;
 use super::serial::Outbox;
 use super::start::StartError;
-use super::stop::{StopError, StopTimes, Stopped};
+use super::stop::{StopError, StopTimes, Stopped, tell_clock};
 use super::supervisor::{Wish, preflight};
 use super::vcpu::{Ending, Reports};
-use super::{BootSource, CpuInfo, MachineConfig, RunState};
+use super::{BootSource, CpuInfo, MachineConfig, Resumed, RunState};
 
 /// What changes while the machine lives.
 struct State {
@@ -261,30 +261,33 @@ impl Shared {
         self.gate.claim(deadline_in(within))
     }
 
-    pub(super) fn client_cont(&self) -> Result<Duration, StopError> {
+    pub(super) fn client_cont(self: &Arc<Self>) -> Result<Resumed, StopError> {
         let board = self.board().ok_or(StopError::Ended)?;
         let since = lock(&self.state).stopped_since;
         let Some(since) = since else {
-            return Ok(Duration::ZERO);
+            return Ok(Resumed::after(Duration::ZERO));
         };
         // Every vCPU is parked by the client's own hold: looking at them takes no second one.
         if let Ok(claim) = self.gate.claim(deadline_in(TELL_CLOCK_PATIENCE)) {
-            if let Ok(stopped) = Stopped::new(&board) {
-                stopped.tell_clock();
-            }
+            board
+                .vcpus()
+                .iter()
+                .for_each(|vcpu| tell_clock(&vcpu.lock()));
             drop(claim);
         }
         {
             let mut state = lock(&self.state);
             if state.stopped_since.take().is_none() {
-                return Ok(Duration::ZERO);
+                return Ok(Resumed::after(Duration::ZERO));
             }
             state.run_state = RunState::Running;
         }
+        let let_go = LetGo(self.clone());
         self.announce(&Event::Resume);
-        let stalled = since.elapsed();
-        self.gate.release();
-        Ok(stalled)
+        Ok(Resumed {
+            stalled: since.elapsed(),
+            _let_go: Some(let_go),
+        })
     }
 
     pub(super) fn press_power_button(&self) -> bool {
@@ -323,6 +326,15 @@ struct Release<'a>(&'a Gate);
 impl Drop for Release<'_> {
     fn drop(&mut self) {
         self.0.release();
+    }
+}
+
+/// As [`Release`], for a hold that outlives the call.
+pub(super) struct LetGo(Arc<Shared>);
+
+impl Drop for LetGo {
+    fn drop(&mut self) {
+        self.0.gate.release();
     }
 }
 

@@ -95,11 +95,14 @@ impl<'a> Stopped<'a> {
 
     /// Tells the guest's watchdogs that time passed while it did not run.
     pub(super) fn tell_clock(&self) {
-        for fd in &self.fds {
-            // A vCPU that has not set up its clock page yet has no watchdog to tell.
-            let _ = fd.kvmclock_ctrl();
-        }
+        self.fds.iter().for_each(|fd| tell_clock(fd));
     }
+}
+
+/// Tells a vCPU's watchdog that time passed while it did not run.
+pub(super) fn tell_clock(fd: &VcpuFd) {
+    // A vCPU that has not set up its clock page yet has no watchdog to tell.
+    let _ = fd.kvmclock_ctrl();
 }
 
 impl GuestMemory for Stopped<'_> {

@@ -19,7 +19,7 @@ use patcher::guest::{
 use serde_json::{Value, json};
 use vmm::control::{ControlServer, ControlSocket, Host, StoppedHost, StoppedWork, command};
 use vmm::machine::{
-    CpuInfo, CpuState, Event, EventSink, RamRegion, RunState, StopError, StopTimes,
+    CpuInfo, CpuState, Event, EventSink, RamRegion, Resumed, RunState, StopError, StopTimes,
 };
 
 /// Below the hole of the 32-bit address space, and above it.
@@ -158,14 +158,14 @@ impl Host for FakeHost {
         })
     }
 
-    fn cont(&self) -> Result<Duration, StopError> {
+    fn cont(&self) -> Result<Resumed, StopError> {
         let was = std::mem::replace(&mut self.state.lock().unwrap().by_client, false);
         if was {
             self.announce(&Event::Resume);
             self.resumed.notify_all();
-            return Ok(Duration::from_micros(4321));
+            return Ok(Resumed::after(Duration::from_micros(4321)));
         }
-        Ok(Duration::ZERO)
+        Ok(Resumed::after(Duration::ZERO))
     }
 
     fn quit(&self) {

@@ -101,10 +101,7 @@ fn start(
         }
     };
     let job = Job {
-        context: Context {
-            services: Arc::clone(&context.services),
-            peer: Arc::clone(&context.peer),
-        },
+        context: Context::new(Arc::clone(&context.services), Arc::clone(&context.peer)),
         detached: arguments.detach.unwrap_or(false),
         deadline: arguments.deadline,
         ranges,

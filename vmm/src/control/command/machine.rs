@@ -85,8 +85,10 @@ fn stop(context: &Context, command: &'static str, with: &Stop) -> Result<StopTim
 }
 
 fn resume(context: &Context) -> Result<std::time::Duration, QmpError> {
-    let stalled = context.services.host().cont()?;
+    let resumed = context.services.host().cont()?;
+    let stalled = resumed.stalled;
     context.services.record_resume(stalled);
+    context.keep_until_answered(resumed);
     Ok(stalled)
 }
 

@@ -148,4 +148,21 @@ pub struct Context {
     pub services: Arc<Services>,
     /// The client that sent it.
     pub peer: Arc<Peer>,
+    kept: Mutex<Vec<Box<dyn Send>>>,
+}
+
+impl Context {
+    pub(in crate::control) fn new(services: Arc<Services>, peer: Arc<Peer>) -> Self {
+        Self {
+            services,
+            peer,
+            kept: Mutex::default(),
+        }
+    }
+
+    /// Drops `what` with the context, which outlives the command's answer.
+    pub fn keep_until_answered(&self, what: impl Send + 'static) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.push(Box::new(what));
+    }
 }

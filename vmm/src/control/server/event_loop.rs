@@ -182,10 +182,7 @@ impl EventLoop {
                 client.keep(packet);
                 return;
             };
-            let context = Context {
-                services: Arc::clone(&self.services),
-                peer: Arc::clone(&client.peer),
-            };
+            let context = Context::new(Arc::clone(&self.services), Arc::clone(&client.peer));
             let id = client.id();
             let result = match self.registry.speed(&request.command) {
                 None => Err(QmpError::no_such_command(&request.command)),
@@ -214,6 +211,7 @@ impl EventLoop {
         let job = Box::new(move || {
             let result = registry.run(&context, request);
             mailbox.finished(Finished { client, result });
+            drop(context);
         });
         self.services.workers().run(job).map_err(|error| {
             QmpError::new(
