@@ -160,9 +160,9 @@ fn a_revert_is_refused_when_the_bytes_are_not_ours_any_more() -> TestResult {
         let entry = redirect(&mut qmp)?;
         // Somebody else writes there: this test, into guest memory from outside.
         let number = |value: &Value, name: &str| {
-            value
-                .get(name)
-                .and_then(Value::as_u64)
+            let digits = value.get(name).and_then(Value::as_str);
+            digits
+                .and_then(|text| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok())
                 .ok_or_else(|| Failure::new(format!("no {name} in {value}")))
         };
         let kernel = qmp.execute("query-kernel", json!({}))?;

@@ -1,13 +1,33 @@
 //! Addresses of different spaces as different types, so that they cannot be mixed up.
+//!
+//! To programs they are told as strings of hexadecimal digits behind `0x`: many readers of JSON
+//! (jq 1.6, JavaScript) keep 53 bits of a number, and a string can be given back as a site.
 
 use std::fmt;
+
+macro_rules! hexadecimal {
+    ($name:ident) => {
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:#x}", self.0)
+            }
+        }
+
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                to.collect_str(self)
+            }
+        }
+    };
+}
 
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, serde::Serialize)]
-        #[serde(transparent)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
         pub struct $name(pub u64);
+
+        hexadecimal!($name);
 
         impl $name {
             /// The address `bytes` further on, wrapping at 2^64 as the CPU does.
@@ -35,12 +55,6 @@ macro_rules! address {
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "{:#x}", self.0)
-            }
-        }
-
         impl fmt::Debug for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 write!(f, concat!(stringify!($name), "({:#x})"), self.0)
@@ -63,9 +77,10 @@ address! {
 }
 
 /// What KASLR added to every link address of the kernel image, in bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize)]
-#[serde(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Slide(pub u64);
+
+hexadecimal!(Slide);
 
 impl LinkAddr {
     /// Where this part of the image lives in a guest that was moved by `slide`.

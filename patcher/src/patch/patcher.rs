@@ -350,7 +350,7 @@ impl Patcher {
             release: kernel.release().to_owned(),
             banner: kernel.banner().text.clone(),
             build_id: kernel.build_id().map(|id| Bytes(id.bytes.clone())),
-            slide: located.slide.0,
+            slide: located.slide,
             text: self.know.regions.text().start.at(located.slide),
             page_table: located.root.table,
             levels: located.root.levels,

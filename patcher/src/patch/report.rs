@@ -217,7 +217,7 @@ pub struct KernelReport {
     /// Build id in hexadecimal, where it has one.
     pub build_id: Option<Bytes>,
     /// What KASLR added to its addresses.
-    pub slide: u64,
+    pub slide: crate::guest::Slide,
     /// Run-time address of the start of its text.
     pub text: Gva,
     /// Its top-level page table, guest-physical.

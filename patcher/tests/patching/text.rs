@@ -8,7 +8,7 @@ fn the_kernel_is_found_where_kaslr_put_it() {
         let mut guest = guest(name);
         let mut patcher = patcher(&guest);
         let report = patcher.locate(&mut guest.image).unwrap();
-        assert_eq!(report.slide, SLIDE.0);
+        assert_eq!(report.slide, SLIDE);
         assert_eq!(report.text, guest.at("_stext"));
         assert_eq!(report.possible_cpus, 2);
         assert_eq!(report.release, guest.kernel.release());

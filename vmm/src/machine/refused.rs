@@ -22,7 +22,7 @@ use super::board::Board;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct RefusedWrite {
     /// Guest-physical address of its first byte.
-    pub address: u64,
+    pub address: Gpa,
     /// Bytes it would have written.
     pub length: usize,
     /// The vCPU that tried.
@@ -34,7 +34,7 @@ pub struct RefusedWrite {
 impl RefusedWrite {
     pub(super) const fn new(address: u64, length: usize, vcpu: usize, count: u64) -> Self {
         Self {
-            address,
+            address: Gpa(address),
             length,
             vcpu,
             count,

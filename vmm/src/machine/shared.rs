@@ -347,7 +347,7 @@ impl Reports for Shared {
         if write.count <= ANNOUNCED_WRITES {
             tracing::warn!(
                 vcpu = write.vcpu,
-                address = format_args!("{:#x}", write.address),
+                address = %write.address,
                 count = write.count,
                 "the guest tried to write the code arena"
             );

@@ -6,14 +6,6 @@ use serde_json::{Value, json};
 
 use super::{anything, plain, time};
 
-/// An address as one reads it.
-fn address(value: &Value) -> String {
-    match value.as_u64() {
-        Some(address) => format!("{address:#x}"),
-        None => plain(value),
-    }
-}
-
 /// What every answer ends with that took a stop.
 fn stalled(answer: &Value) -> String {
     let stop = &answer["stop"];
@@ -28,7 +20,7 @@ fn place(change: &Value) -> String {
     format!(
         "{} ({})",
         plain(&change["place"]),
-        address(&change["address"])
+        plain(&change["address"])
     )
 }
 
@@ -38,13 +30,13 @@ pub(in super::super) fn kernel(answer: &Value) -> String {
         "release": answer["release"],
         "version": answer["banner"],
         "build id": answer["build-id"],
-        "slide": address(&answer["slide"]),
-        "text at": address(&answer["text"]),
-        "physical base": address(&answer["phys-base"]),
-        "direct map at": address(&answer["page-offset-base"]),
+        "slide": answer["slide"],
+        "text at": answer["text"],
+        "physical base": answer["phys-base"],
+        "direct map at": answer["page-offset-base"],
         "page table at": format!(
             "{} (physical, {} levels)",
-            address(&answer["page-table"]),
+            plain(&answer["page-table"]),
             answer["levels"]
         ),
         "possible CPUs": answer["possible-cpus"],
@@ -62,7 +54,7 @@ pub(in super::super) fn changed(answer: &Value) -> String {
         plain(&answer["after"])
     );
     if let Some(entry) = answer["code"].get("entry") {
-        let _ = write!(text, ", to new code at {}", address(entry));
+        let _ = write!(text, ", to new code at {}", plain(entry));
     }
     text.push('\n');
     text + &stalled(answer)
@@ -114,7 +106,7 @@ pub(in super::super) fn list(answer: &Value) -> String {
                 "change": change["id"],
                 "kind": change["kind"],
                 "place": change["place"],
-                "address": address(&change["address"]),
+                "address": plain(&change["address"]),
                 "before": change["before"],
                 "after": change["after"],
                 "asked for as": change["site"],
@@ -149,9 +141,9 @@ mod tests {
     fn change() -> Value {
         json!({
             "id": 1, "kind": "redirect", "site": "f", "place": "f+0x4",
-            "address": 0xffff_ffff_8610_b0d4_u64,
+            "address": "0xffffffff8610b0d4",
             "before": "0f1f440000", "after": "e9b7696f79",
-            "code": {"entry": 0xffff_ffff_ff80_0000_u64},
+            "code": {"entry": "0xffffffffff800000"},
             "stop": {"stops": 1, "stalled-us": 4905, "stalled-in-all-us": 4905},
         })
     }
