@@ -9,7 +9,7 @@ use clap::Args;
 use super::signals::EndSignals;
 use crate::control::{BindError, ControlServer, ControlSocket, ServerError, command};
 use crate::machine::{
-    BootSource, End, Machine, MachineConfig, NamedFile, SerialTarget, StartError,
+    BootSource, End, Machine, MachineConfig, NamedFile, SerialTarget, StartError, restore_terminal,
 };
 use crate::patching::{self, Patching};
 
@@ -71,7 +71,10 @@ pub fn memory_size(text: &str) -> Result<u64, String> {
 /// Runs a guest. The exit status is 0 when it powered off or was told to quit, 1 when it could
 /// not start or ran into an error, 4 when its kernel panicked, 5 when it died of a triple fault.
 pub fn main(args: RunArgs) -> ExitCode {
-    match boot(args) {
+    let booted = boot(args);
+    // Threads that still know the machine keep its console open.
+    restore_terminal();
+    match booted {
         Ok(end) => conclude(&end),
         Err(error) => {
             eprintln!("stillpoint: {error}");

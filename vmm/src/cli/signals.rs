@@ -1,13 +1,22 @@
 //! Signals that ask this process to end.
 //!
 //! They are blocked in every thread and taken by one that waits for them, so no handler runs in
-//! the middle of anything.
+//! the middle of anything. One that the parent had ignored (nohup, a shell's background job) stays
+//! ignored.
 
 use std::io;
 use std::mem::MaybeUninit;
 use std::thread;
 
-const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+fn is_ignored(signal: libc::c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: no new action is given, and the pointer is to memory for the present one.
+    let known = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) } == 0;
+    // SAFETY: sigaction succeeded and filled it in.
+    known && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
 
 /// The signals, blocked in the calling thread and in all it starts from now on.
 pub(super) struct EndSignals(libc::sigset_t);
@@ -21,7 +30,7 @@ impl EndSignals {
         unsafe { libc::sigemptyset(set.as_mut_ptr()) };
         // SAFETY: sigemptyset filled it in.
         let mut set = unsafe { set.assume_init() };
-        for signal in ENDING {
+        for signal in ENDING.into_iter().filter(|signal| !is_ignored(*signal)) {
             // SAFETY: the set is initialised and the signal numbers are valid.
             unsafe { libc::sigaddset(&raw mut set, signal) };
         }

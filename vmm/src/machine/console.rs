@@ -2,20 +2,26 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
+use super::input::Inbox;
 use super::serial::{Outbox, SerialTarget};
 use super::start::StartError;
-use super::terminal::{Escape, Escapes, LineEndings, RawTerminal, make_raw};
+use super::terminal::{
+    Escape, Escapes, LineEndings, RawTerminal, is_terminal, make_raw, refuse_background_reads,
+    restore,
+};
 
 /// What input does to the machine.
 pub(super) trait Keyboard: Send + Sync + 'static {
-    /// Hands bytes to the guest; waits while the guest is stopped.
-    fn input(&self, bytes: &[u8]);
+    /// Hands bytes to the guest; waits while the guest is stopped. Returns how many it took.
+    fn input(&self, bytes: &[u8]) -> usize;
     /// The user asked to leave (Ctrl-A x).
     fn leave(&self);
 }
@@ -23,13 +29,14 @@ pub(super) trait Keyboard: Send + Sync + 'static {
 /// The open other end. Dropping it restores the terminal and removes a socket.
 pub(super) struct Console {
     input: Input,
-    _terminal: Option<RawTerminal>,
     socket: Option<PathBuf>,
 }
 
 enum Input {
     None,
-    Terminal(bool),
+    Stdin,
+    /// In raw mode when it is there; else this process is in the background.
+    Terminal(Option<RawTerminal>),
     Pty(File),
     Unix(UnixListener),
 }
@@ -50,15 +57,17 @@ impl Console {
     fn try_open(target: &SerialTarget, outbox: &Outbox) -> io::Result<Self> {
         let mut console = Self {
             input: Input::None,
-            _terminal: None,
             socket: None,
         };
         match target {
             SerialTarget::None => return Ok(console),
             SerialTarget::Stdio => {
                 outbox.connect(Some(Box::new(io::stdout())));
-                console._terminal = RawTerminal::enter()?;
-                console.input = Input::Terminal(console._terminal.is_some());
+                console.input = if is_terminal() {
+                    Input::Terminal(RawTerminal::enter()?)
+                } else {
+                    Input::Stdin
+                };
             }
             SerialTarget::File(path) => {
                 let file = File::options()
@@ -94,59 +103,84 @@ impl Console {
     pub(super) fn start_input(
         &mut self,
         outbox: &Outbox,
-        keyboard: impl Keyboard,
+        keyboard: impl Keyboard + Clone,
     ) -> Result<(), StartError> {
         let outbox = outbox.clone();
+        let inbox = Inbox::default();
+        let (reader, guest) = (inbox.clone(), keyboard.clone());
         let input = std::mem::replace(&mut self.input, Input::None);
         let body: Box<dyn FnOnce() + Send> = match input {
             Input::None => return Ok(()),
-            Input::Terminal(raw) => Box::new(move || read_terminal(raw, &keyboard)),
-            Input::Pty(master) => Box::new(move || read_all(master, &keyboard)),
-            Input::Unix(listener) => Box::new(move || serve(&listener, &outbox, &keyboard)),
+            Input::Stdin => Box::new(move || read_all(io::stdin(), &reader)),
+            Input::Terminal(raw) => Box::new(move || read_terminal(raw, &reader, &keyboard)),
+            Input::Pty(master) => Box::new(move || read_all(master, &reader)),
+            Input::Unix(listener) => Box::new(move || serve(&listener, &outbox, &reader)),
         };
-        thread::Builder::new()
-            .name("serial-in".into())
-            .stack_size(STACK)
-            .spawn(body)
-            .map(drop)
-            .map_err(|source| StartError::Host {
-                what: "starting the serial thread",
-                source,
-            })
+        spawn("serial-in", body)?;
+        spawn(
+            "serial-deliver",
+            Box::new(move || inbox.deliver(|bytes| guest.input(bytes))),
+        )
     }
+}
+
+fn spawn(name: &str, body: Box<dyn FnOnce() + Send>) -> Result<(), StartError> {
+    thread::Builder::new()
+        .name(name.into())
+        .stack_size(STACK)
+        .spawn(body)
+        .map(drop)
+        .map_err(|source| StartError::Host {
+            what: "starting a serial thread",
+            source,
+        })
 }
 
 impl Drop for Console {
     fn drop(&mut self) {
+        restore();
         if let Some(path) = &self.socket {
             let _ = std::fs::remove_file(path);
         }
     }
 }
 
-fn read_all(mut from: impl Read, keyboard: &impl Keyboard) {
+fn read_all(mut from: impl Read, inbox: &Inbox) {
     let mut buffer = [0; 512];
     loop {
         match from.read(&mut buffer) {
             Ok(0) => return,
-            Ok(len) => keyboard.input(buffer.get(..len).unwrap_or_default()),
+            Ok(len) => inbox.put(buffer.get(..len).unwrap_or_default()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => return,
         }
     }
 }
 
-fn read_terminal(raw: bool, keyboard: &impl Keyboard) {
-    if !raw {
-        return read_all(io::stdin(), keyboard);
-    }
+/// How often a process in the background looks whether it has become the terminal's own.
+const BACKGROUND: Duration = Duration::from_millis(300);
+
+fn read_terminal(mut raw: Option<RawTerminal>, inbox: &Inbox, keyboard: &impl Keyboard) {
+    refuse_background_reads();
     let mut escapes = Escapes::default();
     let mut buffer = [0; 512];
     loop {
+        if raw.is_none() {
+            raw = RawTerminal::enter().ok().flatten();
+            if raw.is_none() {
+                thread::sleep(BACKGROUND);
+                continue;
+            }
+        }
         let len = match io::stdin().read(&mut buffer) {
             Ok(0) => return,
             Ok(len) => len,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            // Somebody put this process into the background.
+            Err(error) if error.raw_os_error() == Some(libc::EIO) && is_terminal() => {
+                thread::sleep(BACKGROUND);
+                continue;
+            }
             Err(_) => return,
         };
         let mut plain = Vec::with_capacity(len);
@@ -165,20 +199,30 @@ fn read_terminal(raw: bool, keyboard: &impl Keyboard) {
                 }
             }
         }
-        keyboard.input(&plain);
+        let taken = inbox.offer(&plain);
+        if taken < plain.len() {
+            let lost = plain.len() - taken;
+            tracing::warn!(lost, "the guest takes no input: keys were dropped");
+        }
     }
 }
 
-/// One client at a time; when it goes, the next may come.
-fn serve(listener: &UnixListener, outbox: &Outbox, keyboard: &impl Keyboard) {
+/// One client at a time; when it has finished sending, the next may come.
+fn serve(listener: &UnixListener, outbox: &Outbox, inbox: &Inbox) {
+    let mut before: Option<UnixStream> = None;
     for client in listener.incoming() {
         let Ok(client) = client else { continue };
         let Ok(output) = client.try_clone() else {
             continue;
         };
+        if let Some(before) = before.take() {
+            // It has said all it had to say, and may be one that does not read.
+            let _ = before.shutdown(Shutdown::Both);
+        }
         outbox.connect(Some(Box::new(output)));
-        read_all(&client, keyboard);
-        outbox.connect(None);
+        read_all(&client, inbox);
+        // One that has only finished sending goes on reading until the next one comes.
+        before = Some(client);
     }
 }
 

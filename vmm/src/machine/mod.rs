@@ -13,6 +13,7 @@ mod console;
 mod cpuid;
 mod event;
 mod gate;
+mod input;
 mod kernel_file;
 mod layout;
 mod memory;
@@ -42,6 +43,7 @@ pub use supervisor::{End, preflight};
 pub use vcpu_state::CpuState;
 
 use shared::Shared;
+pub use terminal::restore as restore_terminal;
 
 /// What to build.
 #[derive(Debug)]

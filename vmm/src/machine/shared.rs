@@ -360,12 +360,12 @@ impl Reports for Shared {
 }
 
 impl Keyboard for Arc<Shared> {
-    fn input(&self, bytes: &[u8]) {
+    fn input(&self, bytes: &[u8]) -> usize {
         let permit = self.gate.device_permit();
-        if let Some(board) = self.board() {
-            board.serial_input(bytes);
-        }
+        // Between two boards nobody takes anything.
+        let taken = self.board().map_or(0, |board| board.serial_input(bytes));
         drop(permit);
+        taken
     }
 
     fn leave(&self) {

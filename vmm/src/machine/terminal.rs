@@ -3,7 +3,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, Once, OnceLock, PoisonError};
 
 /// The terminal's settings from before raw mode, while it is in raw mode.
 static SAVED: OnceLock<Mutex<Option<libc::termios>>> = OnceLock::new();
@@ -15,24 +15,45 @@ fn saved() -> &'static Mutex<Option<libc::termios>> {
 /// Standard input in raw mode; dropping it restores the terminal. A panic restores it as well.
 pub(super) struct RawTerminal(());
 
+/// Whether standard input is a terminal.
+pub(super) fn is_terminal() -> bool {
+    // SAFETY: isatty only looks at the descriptor.
+    unsafe { libc::isatty(libc::STDIN_FILENO) == 1 }
+}
+
+/// Makes reading the terminal from the background an error for the calling thread, instead of a
+/// stop of the whole process with its guest.
+pub(super) fn refuse_background_reads() {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: the pointer is to memory for one signal set.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: sigemptyset filled it in.
+    let mut set = unsafe { set.assume_init() };
+    // SAFETY: the set is initialised and the signal number is valid.
+    unsafe { libc::sigaddset(&raw mut set, libc::SIGTTIN) };
+    // SAFETY: the set is initialised; the old mask is not wanted.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+}
+
 impl RawTerminal {
     /// Puts standard input into raw mode if it is a terminal that this process may change.
     pub(super) fn enter() -> io::Result<Option<Self>> {
-        // SAFETY: isatty only looks at the descriptor.
-        let terminal = unsafe { libc::isatty(libc::STDIN_FILENO) } == 1;
         // SAFETY: tcgetpgrp only looks at the descriptor.
         let foreground = unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) };
         // SAFETY: getpgrp has no preconditions.
-        if !terminal || foreground != unsafe { libc::getpgrp() } {
+        if !is_terminal() || foreground != unsafe { libc::getpgrp() } {
             return Ok(None);
         }
         *saved().lock().unwrap_or_else(PoisonError::into_inner) =
             Some(make_raw(libc::STDIN_FILENO, LineEndings::ForPeople)?);
-        let next = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            restore();
-            next(info);
-        }));
+        static HOOK: Once = Once::new();
+        HOOK.call_once(|| {
+            let next = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |info| {
+                restore();
+                next(info);
+            }));
+        });
         Ok(Some(Self(())))
     }
 }
@@ -44,7 +65,7 @@ impl Drop for RawTerminal {
 }
 
 /// Undoes raw mode; does nothing when there is nothing to undo.
-pub(super) fn restore() {
+pub fn restore() {
     let settings = saved()
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
