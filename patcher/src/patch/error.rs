@@ -5,9 +5,9 @@ use super::code::{LinkError, ObjectError};
 use crate::arena::ArenaError;
 use crate::guest::Gva;
 use crate::space::{LayoutError, LocateError, SpaceError};
-use crate::symbols::SiteError;
+use crate::symbols::{ModulesError, SiteError};
 use crate::tasks::{Hit, TaskError};
-use crate::text::{Busy, DecodeError, FtraceError, RegionError, WriteError};
+use crate::text::{Busy, BusyError, DecodeError, FtraceError, RegionError, WriteError};
 
 /// Why a change was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,6 +57,12 @@ pub enum PatchError {
     /// The guest is changing its text.
     #[error(transparent)]
     Busy(#[from] Busy),
+    /// Whether the guest is changing its text is not known.
+    #[error(transparent)]
+    BusyUnknown(#[from] BusyError),
+    /// The guest's modules could not be told.
+    #[error(transparent)]
+    Modules(#[from] ModulesError),
     /// The bytes are not those that were expected.
     #[error(
         "the guest has other bytes at {at}: expected {expected}, found {found}; they differ from byte {first:#x} on"
@@ -154,6 +160,8 @@ impl PatchError {
             Self::Locate(_) => "OtherKernel",
             Self::Gone { .. } => "KernelGone",
             Self::Busy(_) => "GuestBusy",
+            Self::BusyUnknown(BusyError::Unreadable(_)) => "Unreadable",
+            Self::BusyUnknown(BusyError::Modules(_)) | Self::Modules(_) => "ModulesUnknown",
             Self::Mismatch { .. } => "BytesDiffer",
             Self::NotOurs { .. } => "NotOurs",
             Self::Owned { .. } => "Owned",

@@ -8,6 +8,7 @@ use crate::arena::ArenaLayout;
 use crate::guest::LinkAddr;
 use crate::patch::code::ReturnSites;
 use crate::space::{Landmarks, LayoutError, Located, Space};
+use crate::symbols::ModulesLayout;
 use crate::tasks::TaskLayout;
 use crate::text::{BusyLayout, FtraceLayout, KprobesLayout, Regions, Rewritten};
 
@@ -21,6 +22,8 @@ pub(super) struct Knowledge {
     pub(super) kernel: Arc<Kernel>,
     pub(super) landmarks: Landmarks,
     pub(super) tasks: TaskLayout,
+    /// `None` for a kernel that has no modules.
+    pub(super) modules: Option<ModulesLayout>,
     pub(super) regions: Regions,
     pub(super) busy: BusyLayout,
     pub(super) rewritten: Rewritten,
@@ -37,6 +40,7 @@ impl Knowledge {
         Ok(Self {
             landmarks: Landmarks::of(&kernel)?,
             tasks: TaskLayout::of(&kernel)?,
+            modules: ModulesLayout::of(&kernel)?,
             busy: BusyLayout::of(&kernel)?,
             rewritten: Rewritten::of(&kernel)?,
             ftrace: FtraceLayout::of(&kernel)?,

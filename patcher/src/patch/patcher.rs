@@ -19,6 +19,7 @@ use crate::Kernel;
 use crate::arena::Arena;
 use crate::guest::StoppedGuest;
 use crate::space::{LayoutError, LocateError, Located};
+use crate::symbols::Module;
 use crate::tasks::{Task, tasks};
 use crate::text::{NOP5, whole};
 
@@ -87,6 +88,20 @@ impl Patcher {
         let memory = &&*guest;
         let space = found.space(memory);
         Ok(tasks(&space, &found, &self.know.tasks)?)
+    }
+
+    /// The modules that are loaded in the stopped guest.
+    ///
+    /// # Errors
+    /// [`PatchError::Modules`], and those of [`Patcher::locate`].
+    pub fn modules(&mut self, guest: &mut dyn StoppedGuest) -> Result<Vec<Module>, PatchError> {
+        let found = self.identify(guest)?;
+        let Some(layout) = &self.know.modules else {
+            return Ok(Vec::new());
+        };
+        let memory = &&*guest;
+        let space = found.space(memory);
+        Ok(layout.modules(&space, &found)?)
     }
 
     /// Checks a change of bytes as far as it can be done without the guest.

@@ -14,6 +14,7 @@ mod error;
 mod find;
 mod format;
 mod glob;
+mod modules;
 mod names;
 mod near;
 mod site;
@@ -22,6 +23,10 @@ use std::ops::Range;
 
 pub use error::{SiteError, SymbolsError};
 pub use format::{Format, Layout, OffsetForm};
+pub use modules::{
+    Array, MemoryKind, Module, ModuleMemory, ModuleState, ModuleSymbol, ModuleSymbols,
+    ModulesError, ModulesLayout, OrcTables, SymbolTable,
+};
 pub use site::Site;
 
 use crate::guest::LinkAddr;

@@ -7,6 +7,7 @@
 use crate::Kernel;
 use crate::guest::{Gva, LinkAddr};
 use crate::space::{LayoutError, Located, Space, SpaceError, optional};
+use crate::symbols::{ModulesError, ModulesLayout};
 use crate::types::Field;
 
 /// The locks under which a kernel changes its own text or the tables that describe it. All are
@@ -23,8 +24,6 @@ const LOCKS: [&str; 8] = [
 ];
 /// Bits of a mutex's owner word that are flags: MUTEX_FLAGS, and RT_MUTEX_HAS_WAITERS below it.
 const LOCK_FLAGS: u64 = 7;
-/// More modules than any kernel has.
-const MAX_MODULES: usize = 1 << 16;
 
 /// What the guest is in the middle of.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -51,6 +50,17 @@ pub enum Busy {
     },
 }
 
+/// Why it is not known whether the guest is in the middle of something.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BusyError {
+    /// A lock or a count cannot be read.
+    #[error("the guest's locks cannot be read")]
+    Unreadable(#[from] SpaceError),
+    /// Its modules cannot be told.
+    #[error(transparent)]
+    Modules(#[from] ModulesError),
+}
+
 /// Where the kernel keeps these.
 #[derive(Clone, Debug)]
 pub struct BusyLayout {
@@ -61,17 +71,8 @@ pub struct BusyLayout {
     pid: Field,
     /// Counters of text pokes: address and size.
     pokes: Vec<(LinkAddr, u64)>,
-    modules: Option<Modules>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Modules {
-    head: LinkAddr,
-    next: u64,
-    list: u64,
-    state: Field,
-    name: Field,
-    live: u64,
+    /// `None` for a kernel that has no modules.
+    modules: Option<ModulesLayout>,
 }
 
 impl BusyLayout {
@@ -106,32 +107,21 @@ impl BusyLayout {
         })
         .chain(optional(symbols, "tp_vec_nr").map(|at| (at, 4)))
         .collect();
-        let modules = || {
-            let live = types.constant("module_state", "MODULE_STATE_LIVE").ok()?;
-            Some(Modules {
-                head: optional(symbols, "modules")?,
-                next: types.field("list_head", "next").ok()?.offset,
-                list: types.field("module", "list").ok()?.offset,
-                state: types.field("module", "state").ok()?,
-                name: types.field("module", "name").ok()?,
-                live: u64::try_from(live).ok()?,
-            })
-        };
         Ok(Self {
             locks,
             owner: owner.offset,
             comm: types.field("task_struct", "comm")?,
             pid: types.field("task_struct", "pid")?,
             pokes,
-            modules: modules(),
+            modules: ModulesLayout::of(kernel)?,
         })
     }
 
     /// What the guest is in the middle of, if anything.
     ///
     /// # Errors
-    /// [`SpaceError`] when the locks or the list of modules cannot be read.
-    pub fn check(&self, space: &Space<'_>, located: &Located) -> Result<Option<Busy>, SpaceError> {
+    /// [`BusyError`] when the locks or the list of modules cannot be read.
+    pub fn check(&self, space: &Space<'_>, located: &Located) -> Result<Option<Busy>, BusyError> {
         let slide = located.slide;
         for &(lock, address) in &self.locks {
             let owner = space.read_u64(address.offset(self.owner).at(slide))? & !LOCK_FLAGS;
@@ -146,7 +136,11 @@ impl BusyLayout {
                 return Ok(Some(Busy::Poking { count }));
             }
         }
-        self.unsettled_module(space, located)
+        let Some(modules) = &self.modules else {
+            return Ok(None);
+        };
+        let unsettled = modules.unsettled(space, located)?;
+        Ok(unsettled.map(|name| Busy::Module { name }))
     }
 
     fn describe(&self, space: &Space<'_>, task: Gva) -> String {
@@ -156,33 +150,6 @@ impl BusyLayout {
             (Ok(()), Ok(pid)) => format!("{} (pid {pid})", until_nul(&comm)),
             _ => format!("a task at {task}"),
         }
-    }
-
-    fn unsettled_module(
-        &self,
-        space: &Space<'_>,
-        located: &Located,
-    ) -> Result<Option<Busy>, SpaceError> {
-        let Some(modules) = self.modules else {
-            return Ok(None);
-        };
-        let head = modules.head.at(located.slide);
-        let mut at = space.read_pointer(head.offset(modules.next))?;
-        let mut count = 0;
-        while at != head {
-            let module = Gva(at.0.wrapping_sub(modules.list));
-            let field = modules.state;
-            let state = space.read_sized(module.offset(field.offset), field.size)?;
-            count += 1;
-            if state != modules.live || count > MAX_MODULES {
-                let mut name = [0; 56];
-                space.read(module.offset(modules.name.offset), &mut name)?;
-                let name = until_nul(&name);
-                return Ok(Some(Busy::Module { name }));
-            }
-            at = space.read_pointer(at.offset(modules.next))?;
-        }
-        Ok(None)
     }
 }
 

@@ -13,7 +13,7 @@ mod regions;
 mod tables;
 mod write;
 
-pub use busy::{Busy, BusyLayout};
+pub use busy::{Busy, BusyError, BusyLayout};
 pub use decode::{DecodeError, hex};
 pub(crate) use decode::{
     EntrySite, MAX_INSTRUCTION, NOP5, boundaries, branches_into, entry_site, whole,
