@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use crate::guest::LinkAddr;
 use crate::image::{Banner, BuildId, Image, ImageError, Section};
+use crate::stack::{OrcError, OrcTable};
 use crate::symbols::{SiteError, Symbols, SymbolsError};
 use crate::types::{TypeError, Types};
 
@@ -37,6 +38,7 @@ pub struct Kernel {
     symbols: Symbols,
     types: Types,
     banner: Banner,
+    orc: Result<OrcTable, OrcError>,
 }
 
 /// Sections of interest after the boot, beside those that hold instructions.
@@ -79,6 +81,7 @@ impl Kernel {
             .and_then(|address| image.banner_at(address))
             .or(image.banner());
         let banner = banner.ok_or(KernelError::NoBanner)?.clone();
+        let orc = OrcTable::of(&image);
         let parts: Vec<_> = KEPT_PARTS
             .iter()
             .filter_map(|(start, end)| {
@@ -94,6 +97,7 @@ impl Kernel {
             symbols,
             types,
             banner,
+            orc,
         })
     }
 
@@ -133,6 +137,15 @@ impl Kernel {
         self.image.build_id()
     }
 
+    /// The unwind tables, by link address.
+    ///
+    /// # Errors
+    /// [`OrcError`] when the file has none, or none that can be believed: stacks can then not be
+    /// told from outside.
+    pub fn orc(&self) -> Result<&OrcTable, &OrcError> {
+        self.orc.as_ref()
+    }
+
     /// The section that `at` is linked into.
     #[must_use]
     pub fn section_at(&self, at: LinkAddr) -> Option<&Section> {
@@ -151,7 +164,8 @@ impl Kernel {
     /// Bytes of memory that all this takes.
     #[must_use]
     pub fn resident(&self) -> usize {
-        self.image.resident() + self.symbols.resident() + self.types.resident()
+        let orc = self.orc.as_ref().map_or(0, OrcTable::resident);
+        self.image.resident() + self.symbols.resident() + self.types.resident() + orc
     }
 }
 

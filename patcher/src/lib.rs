@@ -13,6 +13,7 @@ mod kernel;
 pub mod klog;
 pub mod patch;
 pub mod space;
+pub mod stack;
 pub mod symbols;
 #[cfg(any(test, feature = "synthetic"))]
 pub mod synthetic;

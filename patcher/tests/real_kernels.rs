@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use patcher::Kernel;
 use patcher::guest::LinkAddr;
 use patcher::image::{Image, Kind};
+use patcher::stack::{OrcFormat, StackLayout};
 use patcher::symbols::{Site, SiteError, Symbols};
 use patcher::types::{TypeError, Types};
 
@@ -403,4 +404,21 @@ fn most_common(symbols: &Symbols) -> (String, usize) {
 
 fn at(symbol: &patcher::symbols::Symbol<'_>) -> LinkAddr {
     symbol.address().unwrap_or_default()
+}
+
+#[test]
+fn unwind_tables_are_of_the_format_that_their_hash_says() {
+    for (name, format) in [
+        ("6.1", OrcFormat::Plain),
+        ("6.12", OrcFormat::Signal),
+        ("6.12-generic", OrcFormat::Signal),
+    ] {
+        let kernel = Kernel::open(read_kernel(name, "vmlinuz"))
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        let table = kernel.orc().expect("unwind tables");
+        assert_eq!(table.format(), format, "{name}");
+        assert!(table.len() > 300_000, "{name}: {}", table.len());
+        assert!(table.resident() < 6 << 20, "{name}: {}", table.resident());
+        StackLayout::of(&kernel).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
 }

@@ -14,11 +14,13 @@ mod btf;
 mod bzimage;
 mod elf;
 mod kallsyms;
+mod orc;
 
 pub use btf::Btf;
 pub use bzimage::{Packing, bzimage, pack};
 pub use elf::{ElfSection, elf};
 pub use kallsyms::{Kallsyms, SyntheticSymbol};
+pub use orc::Orc;
 
 use crate::guest::LinkAddr;
 
@@ -37,6 +39,12 @@ pub const BUILD_ID: [u8; 20] = *b"a synthetic build id";
 /// build id. `linux_banner` must be one of the symbols: see [`Kallsyms::example`].
 #[must_use]
 pub fn vmlinux(kallsyms: &Kallsyms) -> Vec<u8> {
+    vmlinux_with(kallsyms, &[])
+}
+
+/// As [`vmlinux`], with more sections.
+#[must_use]
+pub fn vmlinux_with(kallsyms: &Kallsyms, more: &[ElfSection]) -> Vec<u8> {
     let mut rodata = [BANNER.as_bytes(), b"\n\0"].concat();
     rodata.resize(0x100, 0);
     rodata.extend(kallsyms.write(RODATA.offset(0x100)));
@@ -54,12 +62,14 @@ pub fn vmlinux(kallsyms: &Kallsyms) -> Vec<u8> {
         bytes,
         executable,
     };
-    elf(&[
+    let mut sections = vec![
         section(".text", TEXT, vec![0xcc; 0x2_0000], true),
         section(".rodata", RODATA, rodata, false),
         section(".BTF", TYPES, Btf::example().write(), false),
         section(".notes", TYPES.offset(0x10_0000), notes.concat(), false),
-    ])
+    ];
+    sections.extend_from_slice(more);
+    elf(&sections)
 }
 
 /// A small, fast, repeatable source of numbers (xorshift64*).
