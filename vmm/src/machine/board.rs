@@ -5,7 +5,7 @@
 
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use kvm_bindings::{CpuId, kvm_lapic_state};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -55,6 +55,15 @@ impl VcpuSlot {
         self.fd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The same, when the vCPU does not run and nobody looks at it.
+    pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, VcpuFd>> {
+        match self.fd.try_lock() {
+            Ok(fd) => Some(fd),
+            Err(TryLockError::Poisoned(fd)) => Some(fd.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
     fn set_immediate_exit(&self, value: u8) {
         // SAFETY: the pointer is valid as long as `self.fd`, and a byte is always aligned.
         let byte = unsafe { &*self.immediate_exit.0 };
@@ -65,8 +74,8 @@ impl VcpuSlot {
     pub(super) fn kick(&self) {
         self.set_immediate_exit(1);
         if let Some(thread) = self.thread.get() {
-            // SAFETY: the thread is joined only after this slot is gone, so the id is valid; the
-            // signal has a handler.
+            // SAFETY: only a vCPU whose seat at the gate is Running is kicked, or all of them before
+            // they are joined: the thread exists, and the signal has a handler.
             unsafe { libc::pthread_kill(*thread, SIGRTMIN()) };
         }
     }

@@ -28,6 +28,8 @@ struct State {
     devices: u32,
     closing: bool,
     exclusive: bool,
+    /// Nobody will be seated any more.
+    retired: bool,
     /// Which set of vCPU threads has the seats.
     generation: u64,
 }
@@ -83,7 +85,7 @@ impl Gate {
     /// has no seats yet.
     pub(super) fn wait_open(&self, deadline: Instant) {
         let mut state = self.lock();
-        while state.closing || state.generation == 0 {
+        while !state.retired && (state.closing || state.generation == 0) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -94,6 +96,12 @@ impl Gate {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+    }
+
+    /// There will be no vCPU threads any more: nobody need wait for them.
+    pub(super) fn retire(&self) {
+        self.lock().retired = true;
+        self.changed.notify_all();
     }
 
     /// Tells every vCPU thread to leave at the gate.

@@ -29,6 +29,8 @@ struct State {
     stopped_since: Option<Instant>,
     board: Option<Arc<Board>>,
     incarnation: u64,
+    /// There was a board, and there will be none any more.
+    over: bool,
 }
 
 pub(super) struct Shared {
@@ -70,6 +72,7 @@ impl Shared {
                 stopped_since: None,
                 board: None,
                 incarnation: 0,
+                over: false,
             }),
             sinks: Mutex::default(),
             wishes,
@@ -142,7 +145,11 @@ impl Shared {
 
     /// There is no board any more, and there will be none.
     pub(super) fn retire(&self) {
-        lock(&self.state).board = None;
+        let mut state = lock(&self.state);
+        state.board = None;
+        state.over = true;
+        drop(state);
+        self.gate.retire();
     }
 
     pub(super) fn board(&self) -> Option<Arc<Board>> {
@@ -171,29 +178,33 @@ impl Shared {
     fn hold(&self, deadline: Instant) -> Result<(Arc<Board>, Instant), StopError> {
         loop {
             self.gate.wait_open(deadline);
-            let (board, generation) = {
-                let state = lock(&self.state);
-                (state.board.clone(), state.incarnation)
-            };
-            let Some(board) = board else {
-                // The first board is about to be there, unless the guest has ended.
-                if generation == 0 && Instant::now() < deadline {
+            match self.try_hold(deadline) {
+                Err(StopError::Ended) if Instant::now() < deadline && !self.is_over() => {
                     thread::yield_now();
-                    continue;
                 }
-                return Err(StopError::Ended);
-            };
-            let held = self.gate.hold(generation, deadline, |index| {
-                if let Some(slot) = board.vcpus().get(index) {
-                    slot.kick();
-                }
-            });
-            match held {
-                Ok(first_parked) => return Ok((board, first_parked)),
-                Err(StopError::Ended) if Instant::now() < deadline => thread::yield_now(),
-                Err(error) => return Err(error),
+                held => return held,
             }
         }
+    }
+
+    /// Stops the vCPUs of the board that is current now, if there is one.
+    fn try_hold(&self, deadline: Instant) -> Result<(Arc<Board>, Instant), StopError> {
+        let (board, generation) = {
+            let state = lock(&self.state);
+            (state.board.clone(), state.incarnation)
+        };
+        let board = board.ok_or(StopError::Ended)?;
+        let first_parked = self.gate.hold(generation, deadline, |index| {
+            if let Some(slot) = board.vcpus().get(index) {
+                slot.kick();
+            }
+        })?;
+        Ok((board, first_parked))
+    }
+
+    /// There was a board, and there will be none any more.
+    fn is_over(&self) -> bool {
+        lock(&self.state).over
     }
 
     pub(super) fn with_stopped<R>(
@@ -203,11 +214,20 @@ impl Shared {
     ) -> Result<(R, StopTimes), StopError> {
         let asked = Instant::now();
         let deadline = deadline_in(within);
-        // The next board is built under a claim: ours must not be what it waits for.
-        self.gate.wait_open(deadline);
-        let claim = self.gate.claim(deadline)?;
-        let was_running = !self.gate.held();
-        let (board, first_parked) = self.hold(deadline)?;
+        let (claim, was_running, (board, first_parked)) = loop {
+            // The next board is built under a claim: ours must not be what it waits for.
+            self.gate.wait_open(deadline);
+            let claim = self.gate.claim(deadline)?;
+            let was_running = !self.gate.held();
+            match self.try_hold(deadline) {
+                Ok(held) => break (claim, was_running, held),
+                Err(StopError::Ended) if Instant::now() < deadline && !self.is_over() => {
+                    drop(claim);
+                    thread::yield_now();
+                }
+                Err(error) => return Err(error),
+            }
+        };
         let hold = Release(&self.gate);
         let to_stopped = asked.elapsed();
         let mut stopped = Stopped::new(&board)?;
@@ -267,12 +287,12 @@ impl Shared {
         let Some(since) = since else {
             return Ok(Resumed::after(Duration::ZERO));
         };
-        // Every vCPU is parked by the client's own hold: looking at them takes no second one.
+        // Every vCPU is parked by the client's own hold, unless another client lets go of it at this
+        // moment: then there is nothing to tell.
         if let Ok(claim) = self.gate.claim(deadline_in(TELL_CLOCK_PATIENCE)) {
-            board
-                .vcpus()
-                .iter()
-                .for_each(|vcpu| tell_clock(&vcpu.lock()));
+            for fd in board.vcpus().iter().filter_map(|vcpu| vcpu.try_lock()) {
+                tell_clock(&fd);
+            }
             drop(claim);
         }
         {
@@ -339,8 +359,8 @@ impl Drop for LetGo {
 }
 
 impl Reports for Shared {
-    fn ended(&self, ending: Ending) {
-        self.ask(Wish::Ended(ending));
+    fn ended(&self, generation: u64, ending: Ending) {
+        self.ask(Wish::Ended(generation, ending));
     }
 
     fn write_refused(&self, write: RefusedWrite) {

@@ -41,15 +41,17 @@ pub(super) enum Wish {
     Quit,
     Reset,
     Signal,
-    Ended(Ending),
+    /// By a vCPU of this generation of vCPU threads.
+    Ended(u64, Ending),
 }
 
 /// A guest that was asked to power off by a signal has this long to do it.
 const SIGNAL_PATIENCE: Duration = Duration::from_secs(5);
 /// Output of the guest is written for this long after it ended.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
-/// A reset waits this long for a command that works on the stopped guest (a dump, for instance).
-const CLAIM_PATIENCE: Duration = Duration::from_secs(120);
+/// While a reset waits for a command that works on the stopped guest (a dump, for instance), it
+/// looks this often whether the machine is to end instead.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(1);
 /// The least memory in which any of the kernels we know gets through its first lines.
 const MIN_MEMORY_MIB: u64 = 64;
 
@@ -137,26 +139,44 @@ pub(super) fn run(shared: &Arc<Shared>) -> Result<End, StartError> {
 
 /// Lives one incarnation after the other.
 fn incarnations(shared: &Arc<Shared>) -> Result<End, StartError> {
+    // A signal that asked for the end holds across a reset.
+    let mut patience_ends = None;
     loop {
         // Memory is cleared for the next board: nobody may be at work on it for the last one.
-        let Ok(claim) = shared.claim(CLAIM_PATIENCE) else {
-            let what = "a command kept the guest's memory in use while the guest was to be reset";
-            return Ok(End::Error(what.to_owned()));
+        let claim = loop {
+            match shared.claim(CLAIM_PATIENCE) {
+                Ok(claim) => break claim,
+                Err(_) if to_end(shared) => return Ok(End::Quit),
+                Err(_) => {}
+            }
         };
         let board = shared.build_board()?;
         let generation = shared.gate.seat(board.vcpus().len());
         shared.install(board.clone(), generation);
         drop(claim);
-        if let Some(end) = live(shared, &board)? {
+        if let Some(end) = live(shared, &board, generation, &mut patience_ends)? {
             return Ok(end);
         }
     }
 }
 
+/// Whether somebody asked for the end while there was no guest.
+fn to_end(shared: &Shared) -> bool {
+    let inbox = shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+    inbox
+        .try_iter()
+        .any(|wish| matches!(wish, Wish::Quit | Wish::Signal))
+}
+
 /// Lets one incarnation run. `None` asks for the next one.
-fn live(shared: &Arc<Shared>, board: &Arc<Board>) -> Result<Option<End>, StartError> {
-    let threads = start_vcpus(shared, board)?;
-    let verdict = wait(shared);
+fn live(
+    shared: &Arc<Shared>,
+    board: &Arc<Board>,
+    generation: u64,
+    patience_ends: &mut Option<Instant>,
+) -> Result<Option<End>, StartError> {
+    let threads = start_vcpus(shared, board, generation)?;
+    let verdict = wait(shared, generation, patience_ends);
 
     shared.gate.close();
     for vcpu in board.vcpus() {
@@ -173,6 +193,7 @@ fn live(shared: &Arc<Shared>, board: &Arc<Board>) -> Result<Option<End>, StartEr
 fn start_vcpus(
     shared: &Arc<Shared>,
     board: &Arc<Board>,
+    generation: u64,
 ) -> Result<Vec<JoinHandle<()>>, StartError> {
     let mut threads = Vec::new();
     for (index, slot) in board.vcpus().iter().enumerate() {
@@ -180,7 +201,7 @@ fn start_vcpus(
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(256 * 1024)
-            .spawn(move || vcpu::run(&shared.gate, &board, index, &*shared))
+            .spawn(move || vcpu::run(&shared.gate, generation, &board, index, &*shared))
             .map_err(|source| StartError::Host {
                 what: "starting a vCPU thread",
                 source,
@@ -192,9 +213,8 @@ fn start_vcpus(
 }
 
 /// Waits for something that ends the incarnation.
-fn wait(shared: &Shared) -> Wish {
+fn wait(shared: &Shared, generation: u64, patience_ends: &mut Option<Instant>) -> Wish {
     let inbox = shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut patience_ends: Option<Instant> = None;
     loop {
         let wish = match patience_ends {
             None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -206,8 +226,10 @@ fn wait(shared: &Shared) -> Wish {
                 if again || !shared.press_power_button() {
                     return Wish::Signal;
                 }
-                patience_ends = Some(Instant::now() + SIGNAL_PATIENCE);
+                *patience_ends = Some(Instant::now() + SIGNAL_PATIENCE);
             }
+            // From the guest before a reset.
+            Ok(Wish::Ended(from, _)) if from != generation => {}
             Ok(wish) => return wish,
             Err(_) => return Wish::Signal,
         }
@@ -216,14 +238,17 @@ fn wait(shared: &Shared) -> Wish {
 
 /// A guest that reset or died may have panicked before: its memory still says so.
 fn name_panic(shared: &Shared, board: &Board, wish: Wish) -> Wish {
-    if !matches!(wish, Wish::Ended(Ending::Reset | Ending::TripleFault)) {
+    if !matches!(wish, Wish::Ended(_, Ending::Reset | Ending::TripleFault)) {
         return wish;
     }
     let found = Stopped::new(board)
         .ok()
         .zip(shared.borrow_kernel().ok())
         .and_then(|(stopped, kernel)| autopsy::examine(&stopped, &kernel));
-    found.map_or(wish, |panic| Wish::Ended(Ending::Panic(panic)))
+    let Wish::Ended(generation, _) = wish else {
+        return wish;
+    };
+    found.map_or(wish, |panic| Wish::Ended(generation, Ending::Panic(panic)))
 }
 
 /// Announces what happened and decides whether the machine starts again.
@@ -233,19 +258,21 @@ fn conclude(shared: &Shared, wish: Wish) -> Option<End> {
             shared.announce(&Event::Reset(ResetCause::HostQmpSystemReset));
             return None;
         }
-        Wish::Ended(Ending::Reset) if !shared.config().no_reboot => {
+        Wish::Ended(_, Ending::Reset) if !shared.config().no_reboot => {
             shared.announce(&Event::Reset(ResetCause::GuestReset));
             return None;
         }
-        Wish::Ended(Ending::Reset) => (RunState::Shutdown, ShutdownCause::GuestReset, End::Reset),
+        Wish::Ended(_, Ending::Reset) => {
+            (RunState::Shutdown, ShutdownCause::GuestReset, End::Reset)
+        }
         Wish::Quit => (RunState::Shutdown, ShutdownCause::HostQmpQuit, End::Quit),
         Wish::Signal => (RunState::Shutdown, ShutdownCause::HostSignal, End::Quit),
-        Wish::Ended(Ending::PowerOff) => (
+        Wish::Ended(_, Ending::PowerOff) => (
             RunState::Shutdown,
             ShutdownCause::GuestShutdown,
             End::PowerOff,
         ),
-        Wish::Ended(Ending::Panic(panic)) => {
+        Wish::Ended(_, Ending::Panic(panic)) => {
             shared.announce(&Event::GuestPanicked(panic.message.clone()));
             for line in &panic.last_lines {
                 tracing::error!(target: "guest", "{line}");
@@ -256,12 +283,12 @@ fn conclude(shared: &Shared, wish: Wish) -> Option<End> {
                 End::Panicked(panic.message),
             )
         }
-        Wish::Ended(Ending::TripleFault) => (
+        Wish::Ended(_, Ending::TripleFault) => (
             RunState::Shutdown,
             ShutdownCause::GuestPanic,
             End::TripleFault,
         ),
-        Wish::Ended(Ending::Error(what)) => (
+        Wish::Ended(_, Ending::Error(what)) => (
             RunState::InternalError,
             ShutdownCause::HostError,
             End::Error(what),

@@ -23,12 +23,19 @@ pub(super) enum Ending {
 
 /// What a vCPU tells the machine.
 pub(super) trait Reports: Send + Sync {
-    fn ended(&self, ending: Ending);
+    /// A vCPU of this set of threads ended the machine.
+    fn ended(&self, generation: u64, ending: Ending);
     fn write_refused(&self, write: RefusedWrite);
 }
 
 /// Body of the thread of vCPU `index`.
-pub(super) fn run(gate: &Gate, board: &Arc<Board>, index: usize, reports: &dyn Reports) {
+pub(super) fn run(
+    gate: &Gate,
+    generation: u64,
+    board: &Arc<Board>,
+    index: usize,
+    reports: &dyn Reports,
+) {
     let Some(slot) = board.vcpus().get(index) else {
         return;
     };
@@ -43,7 +50,7 @@ pub(super) fn run(gate: &Gate, board: &Arc<Board>, index: usize, reports: &dyn R
         let ending = stay_in_guest(&mut fd, board, index, reports);
         drop(fd);
         if let Some(ending) = ending {
-            reports.ended(ending);
+            reports.ended(generation, ending);
             gate.leave(index);
             return;
         }

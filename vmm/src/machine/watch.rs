@@ -1,7 +1,7 @@
 //! Notices a guest that spins after a panic.
 //!
 //! A panicked kernel that does not reset stops its other CPUs and loops on one. So when one vCPU
-//! has used its host CPU fully for a while and the others have not at all, its instruction pointer
+//! has wanted a host CPU all the time for a while and the others have not at all, its instruction pointer
 //! is sampled; when it stays within a few hundred bytes of kernel code, the kernel's own panic
 //! state is looked up. Nothing is sampled in a guest that idles or does varied work, and a
 //! false alarm makes the next one wait longer.
@@ -60,14 +60,13 @@ fn watch(shared: &Weak<Shared>) {
             continue;
         }
         busy_periods = 0;
+        let generation = shared.incarnation();
         if !stays_in_place(&shared) {
             continue;
         }
         match panic_of(&shared) {
-            Some(panic) => {
-                shared.ask(Wish::Ended(Ending::Panic(panic)));
-                return;
-            }
+            // The machine ends, unless another guest runs by now.
+            Some(panic) => shared.ask(Wish::Ended(generation, Ending::Panic(panic))),
             None => {
                 not_before = Instant::now() + backoff;
                 backoff = (backoff * 2).min(MAX_BACKOFF);
@@ -76,7 +75,7 @@ fn watch(shared: &Weak<Shared>) {
     }
 }
 
-/// Exactly one vCPU used its CPU fully between two looks, and all others hardly at all.
+/// Exactly one vCPU wanted its CPU all the time between two looks, and all others hardly at all.
 fn one_is_busy(before: &[Duration], now: &[Duration]) -> bool {
     let shares = before
         .iter()
@@ -90,15 +89,17 @@ fn one_is_busy(before: &[Duration], now: &[Duration]) -> bool {
     busy == 1 && between == 0
 }
 
-/// CPU time that a thread of this process has used; zero when it cannot be told.
+/// How long a thread of this process has run or waited for a CPU to run on: a host that has more to
+/// do than CPUs changes nothing. Zero when it cannot be told.
 fn thread_time(tid: i32) -> Duration {
     let path = format!("/proc/self/task/{tid}/schedstat");
     let text = std::fs::read_to_string(path).unwrap_or_default();
-    let nanoseconds = text
-        .split_whitespace()
-        .next()
-        .and_then(|word| word.parse().ok());
-    Duration::from_nanos(nanoseconds.unwrap_or(0))
+    let nanoseconds = text.split_whitespace().take(2);
+    Duration::from_nanos(
+        nanoseconds
+            .filter_map(|word| word.parse::<u64>().ok())
+            .sum(),
+    )
 }
 
 /// Whether every vCPU that runs kernel code stays in one small loop, and none runs user code.

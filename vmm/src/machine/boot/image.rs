@@ -51,6 +51,8 @@ const VMLINUX_SLACK: u64 = 8 * MIB;
 const BZIMAGE_AT: u64 = 16 * MIB;
 /// `initrd_addr_max` of every kernel with this boot protocol, for a vmlinux, which cannot say.
 const INITRD_MAX: u64 = 0x7fff_ffff;
+/// `__START_KERNEL_map` (arch/x86/include/asm/page_64_types.h): kernels are linked above it.
+const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 /// A file beyond this size is no kernel.
 const MAX_FILE: u64 = GIB;
 
@@ -80,9 +82,15 @@ pub fn check_kernel(kernel: &NamedFile) -> Result<KernelKind, StartError> {
         .map_err(unreadable)?;
 
     if head.starts_with(b"\x7fELF") {
-        return check_elf(&head)
-            .map_err(refuse)
-            .map(|()| KernelKind::Vmlinux);
+        check_elf(&head).map_err(refuse)?;
+        let segments = load_segments(file).unwrap_or_default();
+        if !segments.iter().any(|segment| segment.address >= KERNEL_MAP) {
+            return Err(refuse(
+                "an ELF program, but not a kernel (it is not linked for the kernel's addresses): \
+                 give a vmlinux or a bzImage",
+            ));
+        }
+        return Ok(KernelKind::Vmlinux);
     }
     if word(&head, 0x202) == Some(HDRS) {
         return check_bzimage(&head, len)
@@ -183,7 +191,7 @@ pub(super) fn load(ram: &GuestRam, kernel: &NamedFile) -> Result<LoadedKernel, S
             })
         }
         KernelKind::Vmlinux => {
-            let end = vmlinux_end(&mut file)
+            let end = vmlinux_end(&file)
                 .ok_or_else(|| refuse("no segment to load: not a kernel, or truncated".into()))?;
             if end + VMLINUX_SLACK > low_ram(ram) {
                 return Err(too_little(end + VMLINUX_SLACK));
@@ -226,30 +234,52 @@ fn bzimage_end(file: &mut File) -> Option<u64> {
     Some(BZIMAGE_AT + init_size.max(len))
 }
 
-/// End of the last segment of a vmlinux, if all of its segments lie above 1 MiB and in the file.
-fn vmlinux_end(file: &mut File) -> Option<u64> {
+/// A loadable segment of an ELF file.
+struct LoadSegment {
+    offset: u64,
+    address: u64,
+    physical: u64,
+    file_size: u64,
+    memory_size: u64,
+}
+
+/// The loadable segments of a 64-bit ELF file that take memory.
+fn load_segments(mut file: &File) -> Option<Vec<LoadSegment>> {
     let mut head = [0; 64];
     file.rewind().ok()?;
     file.read_exact(&mut head).ok()?;
-    let len = file.metadata().ok()?.len();
     let quad = |raw: &[u8], at: usize| -> Option<u64> {
         Some(u64::from_le_bytes(raw.get(at..at + 8)?.try_into().ok()?))
     };
-    let mut end = None;
+    let mut segments = Vec::new();
     file.seek(SeekFrom::Start(quad(&head, 32)?)).ok()?;
     for _ in 0..half(&head, 56)? {
         let mut header = [0; 56];
         file.read_exact(&mut header).ok()?;
-        let (file_size, memory_size) = (quad(&header, 32)?, quad(&header, 40)?);
-        if word(&header, 0)? != 1 || memory_size == 0 {
-            continue;
+        let segment = LoadSegment {
+            offset: quad(&header, 8)?,
+            address: quad(&header, 16)?,
+            physical: quad(&header, 24)?,
+            file_size: quad(&header, 32)?,
+            memory_size: quad(&header, 40)?,
+        };
+        if word(&header, 0)? == 1 && segment.memory_size > 0 {
+            segments.push(segment);
         }
-        let physical = quad(&header, 24)?;
-        let in_file = quad(&header, 8)?.checked_add(file_size)? <= len;
-        if !in_file || file_size > memory_size || physical < HIMEM {
+    }
+    Some(segments)
+}
+
+/// End of the last segment of a vmlinux, if all of its segments lie above 1 MiB and in the file.
+fn vmlinux_end(file: &File) -> Option<u64> {
+    let len = file.metadata().ok()?.len();
+    let mut end = None;
+    for segment in load_segments(file)? {
+        let in_file = segment.offset.checked_add(segment.file_size)? <= len;
+        if !in_file || segment.file_size > segment.memory_size || segment.physical < HIMEM {
             return None;
         }
-        end = end.max(Some(physical.checked_add(memory_size)?));
+        end = end.max(Some(segment.physical.checked_add(segment.memory_size)?));
     }
     end
 }
@@ -315,6 +345,8 @@ mod tests {
         arm.resize(64, 0);
         arm[18] = 183;
         assert!(refusal(&arm).contains("another architecture"));
+        let program = std::fs::read("/proc/self/exe").unwrap();
+        assert!(refusal(&program).contains("not a kernel"));
     }
 
     fn bzimage(xloadflags: u16, payload: u32) -> Vec<u8> {
@@ -346,6 +378,6 @@ mod tests {
         elf[64] = 1;
         elf[64 + 24..64 + 32].copy_from_slice(&u64::MAX.to_le_bytes());
         elf[64 + 40..64 + 48].copy_from_slice(&u64::MAX.to_le_bytes());
-        assert_eq!(vmlinux_end(&mut file(&elf).file), None);
+        assert_eq!(vmlinux_end(&file(&elf).file), None);
     }
 }
