@@ -61,6 +61,12 @@ const KEPT: [&str; 16] = [
     ".orc_header",
 ];
 
+/// Values that the boot writes into instructions: one section for each of them.
+const KEPT_PREFIX: &str = "runtime_";
+
+/// Symbols whose bytes are of interest, and how many: the kernel's nops.
+const KEPT_SYMBOLS: [(&str, u64); 1] = [("x86nops", 66)];
+
 /// Tables of interest that are in larger sections.
 const KEPT_PARTS: [(&str, &str); 2] = [
     ("__start___jump_table", "__stop___jump_table"),
@@ -87,9 +93,16 @@ impl Kernel {
             .filter_map(|(start, end)| {
                 Some(symbols.address(start).ok()?..symbols.address(end).ok()?)
             })
+            .chain(KEPT_SYMBOLS.iter().filter_map(|&(name, len)| {
+                let start = symbols.address(name).ok()?;
+                Some(start..start.offset(len))
+            }))
             .collect();
         image.shrink_to(
-            |section| section.executable || KEPT.contains(&section.name.as_str()),
+            |section| {
+                let name = section.name.as_str();
+                section.executable || KEPT.contains(&name) || name.starts_with(KEPT_PREFIX)
+            },
             &parts,
         );
         Ok(Self {

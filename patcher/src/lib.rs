@@ -6,6 +6,7 @@
 //! error where it cannot believe what it reads.
 
 pub mod arena;
+pub mod compare;
 pub mod guest;
 mod hash;
 pub mod image;

@@ -12,7 +12,7 @@ use crate::guest::LinkAddr;
 type Header = elf::FileHeader64<LittleEndian>;
 
 /// Where x86-64 links the kernel: the top 2 GiB (Documentation/arch/x86/x86_64/mm.rst).
-const KERNEL_START: u64 = 0xffff_ffff_8000_0000;
+pub(super) const KERNEL_START: u64 = 0xffff_ffff_8000_0000;
 
 /// More headers than this are not believed. A kernel built with a section for each function and
 /// then not linked would not be ET_EXEC.
@@ -24,6 +24,8 @@ pub(super) struct Layout {
     pub(super) segments: Vec<Segment>,
     /// File range and link address of every note section or segment.
     pub(super) notes: Vec<(LinkAddr, Range<usize>)>,
+    /// Where the file ends that the headers describe.
+    pub(super) end: usize,
 }
 
 pub(super) fn layout(file: &[u8]) -> Result<Layout, ImageError> {
@@ -96,7 +98,14 @@ pub(super) fn layout(file: &[u8]) -> Result<Layout, ImageError> {
             file,
         });
     }
+    let headers = header
+        .e_shoff(endian)
+        .saturating_add(u64::from(header.e_shentsize(endian)).saturating_mul(table.len() as u64));
+    let parts = sections.iter().filter_map(|section| section.file.as_ref());
+    let parts = parts.chain(segments.iter().map(|segment| &segment.file));
+    let end = parts.map(|part| part.end).max().unwrap_or(0);
     Ok(Layout {
+        end: end.max(usize::try_from(headers).unwrap_or(usize::MAX)),
         entry: header.e_entry(endian),
         sections,
         segments,

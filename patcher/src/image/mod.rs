@@ -12,6 +12,7 @@ mod elf;
 mod error;
 mod lzop;
 mod recognise;
+mod relocations;
 mod unpack;
 
 use std::ops::Range;
@@ -20,7 +21,10 @@ use memchr::memmem;
 
 pub use error::ImageError;
 pub use recognise::{BootHeader, HEADER_LEN, Kind, recognise};
+pub use relocations::{Relocation, Relocations};
 pub use unpack::Compression;
+
+use elf::KERNEL_START;
 
 use crate::guest::LinkAddr;
 
@@ -116,6 +120,7 @@ pub struct Image {
     extents: Vec<Extent>,
     banners: Vec<Banner>,
     build_id: Option<BuildId>,
+    relocations: Option<Relocations>,
 }
 
 impl std::fmt::Debug for Image {
@@ -170,6 +175,11 @@ impl Image {
                 bytes: notes.get(id)?.to_vec(),
             })
         });
+        let tail = bytes.get(layout.end..).unwrap_or_default();
+        // Per-CPU data are listed where they are loaded, between two segments.
+        let ends = layout.segments.iter().map(|s| s.address.offset(s.size));
+        let end = ends.max().unwrap_or_default();
+        let relocations = Relocations::read(tail, |at| KERNEL_START <= at.0 && at < end);
         let mut image = Self {
             kind,
             entry: layout.entry,
@@ -179,6 +189,7 @@ impl Image {
             extents,
             banners: Vec::new(),
             build_id,
+            relocations,
         };
         image.banners = image.find_banners();
         Ok(image)
@@ -263,10 +274,18 @@ impl Image {
         self.banners.iter().find(|banner| banner.address == address)
     }
 
+    /// The words that KASLR changes, where the file lists them: a bzImage does, or what was
+    /// unpacked from one. After [`Image::shrink_to`] only those among instructions.
+    #[must_use]
+    pub fn relocations(&self) -> Option<&Relocations> {
+        self.relocations.as_ref()
+    }
+
     /// Bytes of the image that are held in memory.
     #[must_use]
     pub fn resident(&self) -> usize {
-        self.bytes.capacity()
+        let relocations = self.relocations.as_ref();
+        self.bytes.capacity() + relocations.map_or(0, Relocations::resident)
     }
 
     /// Forgets the bytes of every section that `keep` does not want, but for `parts` of them.
@@ -320,6 +339,15 @@ impl Image {
         self.bytes.shrink_to_fit();
         for segment in &mut self.segments {
             segment.file = 0..0;
+        }
+        if let Some(relocations) = &mut self.relocations {
+            let code: Vec<_> = self
+                .sections
+                .iter()
+                .filter(|section| section.executable)
+                .map(Section::range)
+                .collect();
+            relocations.retain(|at| code.iter().any(|range| range.contains(&at)));
         }
     }
 

@@ -13,9 +13,9 @@ use crate::Kernel;
 use crate::guest::{Activity, Gpa, GuestMemory, Gva, LinkAddr, Slide, StoppedGuest, Vcpu};
 
 /// KERNEL_IMAGE_SIZE with KASLR (arch/x86/include/asm/page_64_types.h): slides are below it.
-const IMAGE_SPACE: u64 = 1 << 30;
+pub(super) const IMAGE_SPACE: u64 = 1 << 30;
 /// Smallest CONFIG_PHYSICAL_ALIGN on x86-64.
-const SLIDE_ALIGN: u64 = 2 << 20;
+pub(super) const SLIDE_ALIGN: u64 = 2 << 20;
 /// Where the kernel image is linked: `__START_KERNEL_map`.
 const KERNEL_MAP: Gva = Gva(0xffff_ffff_8000_0000);
 
@@ -286,7 +286,7 @@ fn slide(vcpus: &[Vcpu], marks: &Landmarks) -> Result<Slide, LocateError> {
 }
 
 /// A vCPU's page table in which the version string is where it should be.
-fn root_with_banner(
+pub(super) fn root_with_banner(
     memory: &dyn GuestMemory,
     vcpus: &[Vcpu],
     marks: &Landmarks,

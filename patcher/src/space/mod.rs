@@ -3,11 +3,13 @@
 //! Everything here reads page tables and kernel data that the guest controls: each walk is
 //! bounded, and an answer is either what the CPU would compute or an error.
 
+mod dump;
 mod located;
 mod percpu;
 mod view;
 mod walk;
 
+pub use dump::complete_registers;
 pub use located::{Landmarks, LocateError, Located};
 pub use percpu::{PerCpu, PerCpuVariable};
 pub use view::{Piece, Space, SpaceError};
