@@ -48,6 +48,10 @@ fn files_that_are_no_kernels() -> TestResult {
         refused(&["--kernel", "/dev/null"], &["/dev/null"])?;
         // An ELF file, but of a program.
         refused(&["--kernel", "/bin/ls"], &["/bin/ls", "kernel"])?;
+        refused(
+            &["--kernel", "/bin/busybox"],
+            &["/bin/busybox", "not a kernel"],
+        )?;
 
         // A kernel of another machine: i386 and aarch64 by their ELF headers.
         for (class, machine, word) in [(1_u8, 3_u8, "64-bit"), (2, 183, "x86-64")] {
@@ -134,7 +138,7 @@ fn a_host_without_kvm_or_without_the_right_to_use_it() -> TestResult {
         let image = text(&image)?;
         let ours = stillpoint()?;
         let ours = text(&ours)?;
-        // In a mount namespace of its own, so that nobody else notices.
+        // In a mount namespace and with a /dev of its own, so that nobody else notices.
         let with = |prepare: &str| {
             let script = format!(
                 "mount --make-rprivate / && {prepare} \"$0\" run --serial none --kernel \"$1\""
@@ -144,10 +148,9 @@ fn a_host_without_kvm_or_without_the_right_to_use_it() -> TestResult {
         };
         let none = with("mount -t tmpfs none /dev &&")?;
         check(&none, 1, &["/dev/kvm", "kvm_"])?;
-        let forbidden = with("chmod 700 /dev/kvm && setpriv --reuid 65534 --clear-groups")?;
-        fs::set_permissions(
-            "/dev/kvm",
-            std::os::unix::fs::PermissionsExt::from_mode(0o600),
+        let forbidden = with(
+            "mount -t tmpfs none /dev && mknod -m 600 /dev/kvm c 10 232 && \
+             setpriv --reuid 65534 --clear-groups",
         )?;
         check(&forbidden, 1, &["/dev/kvm", "kvm"])?;
         // A processor without virtualisation, by what /proc/cpuinfo says.

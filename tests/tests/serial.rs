@@ -166,9 +166,13 @@ fn to_a_pty() -> TestResult {
     })
 }
 
-/// Runs the VMM on a terminal of its own, by way of `script`, which util-linux brings.
+/// Runs the VMM on a terminal of its own, by way of `script`, which util-linux brings. For the
+/// shell's commands in `input`, `$OURS` is our binary and `$SOCKET` the control socket.
 fn on_a_terminal(input: &str, mode: &str) -> Result<Ran, Failure> {
-    let run = run("stdio", mode)?;
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("vm.sock");
+    let mut run = run("stdio", mode)?;
+    run.arg("--control").arg(&socket);
     let words: Vec<String> = std::iter::once(run.get_program())
         .chain(run.get_args())
         .map(|word| format!("'{}'", word.to_string_lossy()))
@@ -179,7 +183,9 @@ fn on_a_terminal(input: &str, mode: &str) -> Result<Ran, Failure> {
     Ran::of(
         Command::new("sh")
             .args(["-c", &outside])
-            .env("INSIDE", inside),
+            .env("INSIDE", inside)
+            .env("OURS", run.get_program())
+            .env("SOCKET", &socket),
     )
 }
 
@@ -195,6 +201,17 @@ fn a_terminal_is_restored_and_ctrl_a_x_ends() -> TestResult {
             .collect();
         assert_eq!(settings.len(), 2, "{ran:?}");
         assert_eq!(settings.first(), settings.last(), "{ran:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn ctrl_a_x_ends_a_guest_that_is_stopped() -> TestResult {
+    on_kvm(|| {
+        let input = "sleep 15; \"$OURS\" -c \"$SOCKET\" pause >&2; printf 'typed'; sleep 1; \
+                     printf '\\001'; sleep 1; printf x; sleep 5;";
+        let ran = on_a_terminal(input, "idle")?;
+        assert!(ran.stdout.contains("status 0"), "{ran:?}");
         Ok(())
     })
 }

@@ -13,7 +13,7 @@
 mod place;
 mod slots;
 
-use crate::guest::{BlockKind, Gpa, Gva, MemoryError, StoppedGuest};
+use crate::guest::{BlockKind, Gpa, GuestMemory, Gva, MemoryError, StoppedGuest};
 use crate::space::{Entry, Located, Root, Space, WalkError};
 pub use place::ArenaLayout;
 use slots::Slots;
@@ -160,7 +160,7 @@ impl Arena {
     ///
     /// # Errors
     /// [`ArenaError::Changed`] when they do not.
-    pub fn check(&self, guest: &dyn StoppedGuest) -> Result<(), ArenaError> {
+    pub fn check(&self, guest: &dyn GuestMemory) -> Result<(), ArenaError> {
         for block in [&self.code, &self.data] {
             let found = guest.read_u64(block.entry.at).map_err(ArenaError::Write)?;
             // The CPU sets the accessed and dirty bits; both were set from the start.

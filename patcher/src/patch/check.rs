@@ -49,18 +49,10 @@ impl Check<'_> {
             return Err(owned(at, format!("change {id}; revert that first")));
         }
         if let Some((site, rewriter)) = self.know.rewritten.overlap(&self.know.kernel, at, len) {
-            return Err(owned(site, format!("{rewriter}, which the guest rewrites")));
+            return Err(owned(site, rewriter.to_string()));
         }
+        self.no_kprobe(&(from.at(slide)..at.offset(len).at(slide)))?;
         let space = self.located.space(&self.guest);
-        if let Some(kprobes) = &self.know.kprobes {
-            let range = from.at(slide)..at.offset(len).at(slide);
-            if let Some(probe) = kprobes.inside(&space, self.located, &range)? {
-                return Err(PatchError::Owned {
-                    at: probe,
-                    owner: "a kprobe of the guest".into(),
-                });
-            }
-        }
         let Some(ftrace) = &self.know.ftrace else {
             return Ok(None);
         };
@@ -84,6 +76,21 @@ impl Check<'_> {
             after: record.marked,
             size: record.size,
         }))
+    }
+
+    /// No kprobe of the guest is in `range`: it keeps a copy of the instruction that it is on.
+    pub(super) fn no_kprobe(&self, range: &Range<Gva>) -> Result<(), PatchError> {
+        let Some(kprobes) = &self.know.kprobes else {
+            return Ok(());
+        };
+        let space = self.located.space(&self.guest);
+        match kprobes.inside(&space, self.located, range)? {
+            None => Ok(()),
+            Some(at) => Err(PatchError::Owned {
+                at,
+                owner: "a kprobe of the guest".into(),
+            }),
+        }
     }
 
     /// The bytes at `at` are the expected ones.

@@ -13,11 +13,11 @@ use super::report::{
 };
 use super::retire::{Content, Retirement, with_sources};
 use super::text_patch::{PreparedText, TextRequest};
-use super::writing::{change, jump, still_ours, unmark};
+use super::writing::{change, is_there, jump, still_ours, unmark};
 use super::{EntryId, PatchError};
 use crate::Kernel;
 use crate::arena::Arena;
-use crate::guest::StoppedGuest;
+use crate::guest::{GuestMemory, StoppedGuest};
 use crate::space::{LayoutError, LocateError, Located};
 use crate::symbols::Module;
 use crate::tasks::{Task, tasks};
@@ -237,6 +237,7 @@ impl Patcher {
             check.idle()?;
             still_ours(&check, &entry)?;
             let end = entry.address.offset(entry.after.0.len() as u64);
+            check.no_kprobe(&(entry.address..end))?;
             let one = whole(entry.address, &entry.after.0).is_ok_and(|all| all.len() == 1);
             check.nobody_inside(&(entry.address..end), one)?
         };
@@ -318,7 +319,13 @@ impl Patcher {
     fn identify(&mut self, guest: &mut dyn StoppedGuest) -> Result<Arc<Located>, PatchError> {
         let located = Located::find(guest, &self.know.landmarks);
         let why = match (&self.found, located) {
-            (Some(found), Ok(located)) if **found == located => return Ok(found.clone()),
+            (Some(found), Ok(located)) if **found == located => {
+                let found = found.clone();
+                if !self.is_overwritten(&found, guest) {
+                    return Ok(found);
+                }
+                "another kernel of the same image is where the changed one was".to_owned()
+            }
             (None, Ok(located)) => return Ok(self.remember(located)),
             (Some(_), Ok(located)) => {
                 let why = "the guest has booted again".to_owned();
@@ -346,6 +353,37 @@ impl Patcher {
             why,
             lost: forgotten.lost.iter().map(|entry| entry.id).collect(),
         })
+    }
+
+    /// The arena is unmapped and none of the changes is there any more. A guest that wanted to could
+    /// do that, but only a new kernel in the same place does.
+    fn is_overwritten(&self, located: &Located, guest: &dyn StoppedGuest) -> bool {
+        let unmapped = |arena: &Arena| arena.check(&guest).is_err();
+        self.arena.as_ref().is_some_and(unmapped)
+            && !self
+                .ledger
+                .applied()
+                .any(|entry| is_there(&located.space(&guest), entry))
+    }
+
+    /// Whether the guest's memory looks as we left it. It may be read while the guest runs: an answer
+    /// of no is a reason to stop it and look.
+    #[must_use]
+    pub fn is_undisturbed(&self, memory: &dyn GuestMemory) -> bool {
+        let Some(located) = self.found.as_deref() else {
+            return true;
+        };
+        let space = located.space(&memory);
+        self.arena
+            .as_ref()
+            .is_none_or(|arena| arena.check(memory).is_ok())
+            && self.ledger.applied().all(|entry| is_there(&space, entry))
+    }
+
+    /// Whether there is retired code that is freed when nobody is in it any more.
+    #[must_use]
+    pub fn has_to_collect(&self) -> bool {
+        self.retired.can_shrink()
     }
 
     /// Nothing of ours is in the guest.

@@ -55,6 +55,11 @@ impl Retirement {
         self.all.is_empty()
     }
 
+    /// Some of it may be freed one day.
+    pub(super) fn can_shrink(&self) -> bool {
+        self.all.iter().any(|entry| entry.report.keep.is_none())
+    }
+
     pub(super) fn clear(&mut self) {
         self.all.clear();
     }

@@ -5,7 +5,7 @@ use super::check::Check;
 use super::knowledge::Knowledge;
 use super::report::{Applied, FtraceMark};
 use crate::guest::{Gva, StoppedGuest};
-use crate::space::{Located, Root};
+use crate::space::{Located, Root, Space};
 use crate::text::{NOP5, write};
 
 /// The bytes of a change are still those that we wrote.
@@ -30,6 +30,12 @@ pub(super) fn still_ours(check: &Check<'_>, entry: &Applied) -> Result<(), Patch
             found,
         }),
     }
+}
+
+/// Whether the bytes of a change are in the guest.
+pub(super) fn is_there(space: &Space<'_>, entry: &Applied) -> bool {
+    let mut found = vec![0; entry.after.0.len()];
+    space.read(entry.address, &mut found).is_ok() && found == entry.after.0
 }
 
 /// Writes text and ftrace's mark: both or none.

@@ -1,4 +1,4 @@
-//! Places in the text that the guest rewrites by itself while it runs.
+//! Places in the text that the guest rewrites by itself while it runs, or counts on.
 //!
 //! Jump labels and static calls are switched at any time, and the kernel stops with a BUG when it
 //! finds other bytes there than it expects. Their tables hold distances from each entry, so the
@@ -25,14 +25,19 @@ pub enum Rewriter {
     StaticCall,
     /// ftrace, in its own trampolines.
     Ftrace,
+    /// Nobody; but the kernel goes on elsewhere when the instruction that is there faults.
+    Fixup,
 }
 
 impl std::fmt::Display for Rewriter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::JumpLabel => "a jump label",
-            Self::StaticCall => "a static call",
-            Self::Ftrace => "ftrace's own call site",
+            Self::JumpLabel => "a jump label, which the guest rewrites",
+            Self::StaticCall => "a static call, which the guest rewrites",
+            Self::Ftrace => "ftrace's own call site, which the guest rewrites",
+            Self::Fixup => {
+                "the exception table: a fault of this instruction is expected and goes on elsewhere"
+            }
         })
     }
 }
@@ -46,8 +51,9 @@ struct Table {
     rewriter: Rewriter,
 }
 
-/// `struct jump_entry` with relative entries, `struct static_call_site`.
-const TABLES: [Table; 2] = [
+/// `struct jump_entry` with relative entries, `struct static_call_site`,
+/// `struct exception_table_entry`: each begins with the distance to its instruction.
+const TABLES: [Table; 3] = [
     Table {
         name: "table of jump labels",
         start: "__start___jump_table",
@@ -61,6 +67,13 @@ const TABLES: [Table; 2] = [
         end: "__stop_static_call_sites",
         entry: "static_call_site",
         rewriter: Rewriter::StaticCall,
+    },
+    Table {
+        name: "exception table",
+        start: "__start___ex_table",
+        end: "__stop___ex_table",
+        entry: "exception_table_entry",
+        rewriter: Rewriter::Fixup,
     },
 ];
 

@@ -3,7 +3,7 @@
 //! One socket with one thread a core. VMX and SVM are hidden unless asked for: a guest that runs
 //! guests has contexts that cannot be judged from outside.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::start::StartError;
@@ -16,8 +16,11 @@ const SVM: u32 = 1 << 2;
 const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 
 /// Levels of the extended topology leaves (SDM vol. 2A, CPUID leaf 0xb).
+/// Flexible return and event delivery: what we know of system call entries would not hold.
+const FRED: u32 = 1 << 17;
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
+const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 
 /// The table for vCPU `index` of `cpus`, from `supported`.
 pub(super) fn for_vcpu(
@@ -30,6 +33,7 @@ pub(super) fn for_vcpu(
     let mut table = supported.clone();
     let core_bits = u32::BITS - (cpus - 1).leading_zeros();
     table.retain(|entry| nested || entry.function != 0x8000_000a);
+    add_topology(&mut table);
     for entry in table.as_mut_slice() {
         adjust(entry, index, cpus, core_bits, nested);
         if entry.function == 1 && tsc_deadline {
@@ -37,6 +41,32 @@ pub(super) fn for_vcpu(
         }
     }
     table
+}
+
+/// Gives both topology leaves the sub-leaves that [`adjust`] fills: KVM from 6.2 on returns the
+/// first one only, and leaves the rest to us.
+fn add_topology(table: &mut CpuId) {
+    for function in TOPOLOGY {
+        if !table
+            .as_slice()
+            .iter()
+            .any(|entry| entry.function == function)
+        {
+            continue;
+        }
+        table.retain(|entry| entry.function != function);
+        for index in 0..3 {
+            let leaf = kvm_cpuid_entry2 {
+                function,
+                index,
+                flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                ..kvm_cpuid_entry2::default()
+            };
+            if table.push(leaf).is_err() {
+                tracing::debug!("no room for CPUID leaf {function:#x}");
+            }
+        }
+    }
 }
 
 fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, core_bits: u32, nested: bool) {
@@ -69,6 +99,7 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u32, cpus: u32, core_bits: u32, n
             };
             entry.edx = index;
         }
+        7 if entry.index == 1 => entry.eax &= !FRED,
         0x8000_0001 if !nested => entry.ecx &= !SVM,
         0x8000_0008 => {
             entry.ecx = (entry.ecx & 0xffff_0f00) | (core_bits << 12) | byte(cpus - 1);
@@ -116,7 +147,6 @@ mod tests {
         let entries = [
             entry(1, 0),
             entry(0xb, 0),
-            entry(0xb, 1),
             entry(0x8000_0001, 0),
             entry(0x8000_000a, 0),
         ];

@@ -33,6 +33,29 @@ struct State {
     patcher: Option<Patcher>,
     /// The incarnation of the machine that the patcher knows.
     incarnation: u64,
+    pace: Pace,
+}
+
+/// How often the guest is stopped for a look that came to nothing: less and less often.
+#[derive(Default)]
+struct Pace {
+    /// Looks to leave out.
+    left: u32,
+    wait: u32,
+}
+
+impl Pace {
+    const LONGEST: u32 = 60;
+
+    fn is_due(&mut self) -> bool {
+        if self.left > 0 {
+            self.left -= 1;
+            return false;
+        }
+        self.left = self.wait;
+        self.wait = (self.wait * 2 + 1).min(Self::LONGEST);
+        true
+    }
 }
 
 /// What the stops of one command cost the guest.
@@ -50,6 +73,18 @@ pub struct StopReport {
 }
 
 impl StopReport {
+    /// For the end of an error's text.
+    fn told(&self) -> String {
+        let stops = match self.stops {
+            1 => "1 stop".to_owned(),
+            stops => format!("{stops} stops"),
+        };
+        format!(
+            "; the guest stood still for {} µs in {stops}",
+            self.stalled_in_all_us
+        )
+    }
+
     fn add(&mut self, times: StopTimes) {
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.stops += 1;
@@ -132,6 +167,7 @@ impl Patching {
             let left = deadline.saturating_duration_since(Instant::now());
             let (result, times) = {
                 let mut state = self.lock();
+                state.pace = Pace::default();
                 let patcher = self.current(&mut state, kernel.clone())?;
                 self.machine
                     .with_stopped(left.max(FIRST_PAUSE), |guest| work(patcher, guest))?
@@ -150,7 +186,7 @@ impl Patching {
                 self.announce_gone(why, lost.iter().map(|id| id.0).collect());
             }
             if !error.passes() {
-                return Err(refusal(&error));
+                return Err(refusal(&error).and(&stop.told()));
             }
             if context.peer.is_gone() {
                 return Err(QmpError::new(
@@ -160,7 +196,7 @@ impl Patching {
             }
             if Instant::now() + pause >= deadline {
                 let text = format!("nothing was changed: {}", refusal(&error));
-                return Err(QmpError::new(Reason::Deadline, text));
+                return Err(QmpError::new(Reason::Deadline, text).and(&stop.told()));
             }
             thread::sleep(pause);
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -208,15 +244,21 @@ impl Patching {
             state.incarnation = incarnation;
             self.forget(&mut state);
         }
-        let Some(patcher) = &mut state.patcher else {
+        let State { patcher, pace, .. } = &mut *state;
+        let Some(patcher) = patcher else {
             return;
         };
-        let listing = patcher.list();
-        if listing.applied.is_empty() && listing.retired.is_empty() {
+        // Reading does not stop the guest.
+        let disturbed = !patcher.is_undisturbed(self.machine.ram());
+        if !disturbed && !patcher.has_to_collect() {
+            *pace = Pace::default();
+            return;
+        }
+        if !pace.is_due() {
             return;
         }
         let looked = self.machine.with_stopped(LOOK_DEADLINE, |guest| {
-            if listing.retired.is_empty() {
+            if disturbed {
                 patcher.locate(guest).map(drop)
             } else {
                 patcher.collect(guest).map(drop)

@@ -111,6 +111,13 @@ impl QmpError {
         }
     }
 
+    /// The same with more behind its text.
+    #[must_use]
+    pub fn and(mut self, more: &str) -> Self {
+        self.text.push_str(more);
+        self
+    }
+
     /// Why.
     #[must_use]
     pub fn reason(&self) -> Reason {
@@ -135,8 +142,9 @@ impl std::error::Error for QmpError {}
 impl From<StopError> for QmpError {
     fn from(error: StopError) -> Self {
         let reason = match &error {
-            StopError::Deadline { .. } | StopError::DeviceDeadline { .. } => Reason::Deadline,
-            StopError::Busy { .. } => Reason::Busy,
+            StopError::Deadline { .. }
+            | StopError::DeviceDeadline { .. }
+            | StopError::Busy { .. } => Reason::Deadline,
             StopError::Ended => Reason::Ended,
             StopError::Kvm { .. } => Reason::Internal,
         };
