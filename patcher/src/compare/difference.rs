@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use super::owners::Owners;
+use super::owners::{Change, Owners};
 use super::report::{Class, CompareError, Comparison, Count, Foreign};
 use super::sheet::{Mark, Sheet};
 use super::view::View;
@@ -57,7 +57,12 @@ pub(super) fn of(
         foreign.push(Foreign {
             address,
             place: place(view, range.start),
-            owner: owners.of_bytes(address, &found),
+            owner: owners.of_change(&Change {
+                at: address,
+                expected: &expected,
+                found: &found,
+                site,
+            }),
             expected: Bytes(expected),
             found: Bytes(found),
             site,

@@ -27,6 +27,7 @@ mod owners;
 mod report;
 mod returns;
 mod sheet;
+mod users;
 mod view;
 
 pub use report::{Class, CompareError, Comparison, Count, Foreign, Owner};
@@ -36,9 +37,13 @@ use returns::Returns;
 use sheet::Sheet;
 use view::View;
 
+use std::ops::Range;
+
 use crate::Kernel;
+use crate::guest::LinkAddr;
 use crate::patch::Applied;
 use crate::space::{LayoutError, Located, Space};
+use crate::text::BusyLayout;
 
 /// Compares the kernel's text in the guest with what it should be. `ours` is what we have changed
 /// in it.
@@ -51,24 +56,118 @@ pub fn compare(
     located: &Located,
     ours: &[Applied],
 ) -> Result<Comparison, CompareError> {
-    let view = View::new(kernel, space, located)?;
-    let text = kernel
-        .between("_stext", "_etext")
-        .map_err(LayoutError::from)?;
-    let mut sheet = Sheet::of(kernel, located.slide);
-    let listed = boot::relocate(&view, &mut sheet);
-    let alternatives = Alternatives::of(kernel, &view)?;
-    let returns = Returns::of(&view, &alternatives)?;
-    keys::jump_labels(&view, &mut sheet)?;
-    keys::static_calls(&view, &mut sheet, &returns)?;
-    boot::entries(&view, &mut sheet);
-    boot::tracers(&view, &mut sheet)?;
-    boot::paravirt(&view, &mut sheet)?;
-    returns::retpolines(&view, &mut sheet, &alternatives);
-    returns.apply(&view, &mut sheet);
-    alternatives.apply(&view, &mut sheet)?;
-    boot::seals(&view, &mut sheet)?;
-    boot::locks(&view, &mut sheet)?;
-    keys::runtime_constants(&view, &mut sheet)?;
-    difference::of(&view, sheet, text, listed, ours)
+    Expected::of(kernel, space, located)?.compare(ours)
+}
+
+/// A place that the kernel itself writes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SitePlace {
+    /// Where it is linked.
+    pub at: LinkAddr,
+    /// Its length in bytes.
+    pub len: u8,
+    /// What writes there.
+    pub class: Class,
+}
+
+/// The text that a guest's kernel should have.
+pub struct Expected<'a> {
+    view: View<'a>,
+    sheet: Sheet,
+    text: Range<LinkAddr>,
+    /// The kernel's file lists its relocations.
+    listed: bool,
+}
+
+impl<'a> Expected<'a> {
+    /// What `kernel` makes of its text with the features and variables of the guest.
+    ///
+    /// # Errors
+    /// As [`compare`].
+    pub fn of(
+        kernel: &'a Kernel,
+        space: &'a Space<'a>,
+        located: &'a Located,
+    ) -> Result<Self, CompareError> {
+        let view = View::new(kernel, space, located)?;
+        let text = kernel
+            .between("_stext", "_etext")
+            .map_err(LayoutError::from)?;
+        let mut sheet = Sheet::of(kernel, located.slide);
+        let listed = boot::relocate(&view, &mut sheet);
+        let alternatives = Alternatives::of(kernel, &view)?;
+        let returns = Returns::of(&view, &alternatives)?;
+        keys::jump_labels(&view, &mut sheet)?;
+        keys::static_calls(&view, &mut sheet, &returns)?;
+        boot::entries(&view, &mut sheet);
+        boot::tracers(&view, &mut sheet)?;
+        boot::paravirt(&view, &mut sheet)?;
+        returns::retpolines(&view, &mut sheet, &alternatives);
+        returns.apply(&view, &mut sheet);
+        alternatives.apply(&view, &mut sheet)?;
+        boot::seals(&view, &mut sheet)?;
+        boot::locks(&view, &mut sheet)?;
+        keys::runtime_constants(&view, &mut sheet)?;
+        Ok(Self {
+            view,
+            sheet,
+            text,
+            listed,
+        })
+    }
+
+    /// The text that is compared.
+    #[must_use]
+    pub fn text(&self) -> Range<LinkAddr> {
+        self.text.clone()
+    }
+
+    /// The bytes that should be at `at`.
+    #[must_use]
+    pub fn bytes(&self, at: LinkAddr, len: usize) -> Option<&[u8]> {
+        self.sheet.get(at, len)
+    }
+
+    /// Every place in the text that the kernel itself writes, by address.
+    pub fn sites(&mut self) -> impl Iterator<Item = SitePlace> + '_ {
+        let text = self.text.clone();
+        let marks = self.sheet.marks().iter();
+        marks
+            .filter(move |mark| text.contains(&mark.at))
+            .map(|mark| SitePlace {
+                at: mark.at,
+                len: mark.len,
+                class: mark.class,
+            })
+    }
+
+    /// Compares with what the guest has. `ours` is what we have changed in it.
+    ///
+    /// # Errors
+    /// As [`compare`].
+    pub fn compare(self, ours: &[Applied]) -> Result<Comparison, CompareError> {
+        let mut comparison = difference::of(&self.view, self.sheet, self.text, self.listed, ours)?;
+        comparison.doubts.extend(doubts(&self.view)?);
+        Ok(comparison)
+    }
+}
+
+/// What the guest does with its text that is not known here.
+fn doubts(view: &View<'_>) -> Result<Vec<String>, CompareError> {
+    let mut doubts = Vec::new();
+    let on = |name, size| Ok::<_, CompareError>(view.variable(name, size)?.unwrap_or(0) != 0);
+    if on("thunks_initialized", 1)? {
+        doubts.push("calls are counted (call depth tracking), which is not explained".into());
+    }
+    if on("its_page", 8)? {
+        doubts.push(
+            "indirect branches go through thunks of their own (ITS), which is not explained".into(),
+        );
+    }
+    match BusyLayout::of(view.kernel)?.check(view.space, view.located) {
+        Ok(None) => {}
+        Ok(Some(busy)) => doubts.push(busy.to_string()),
+        Err(error) => doubts.push(format!("whether the guest is changing its text: {error}")),
+    }
+    Ok(doubts)
 }

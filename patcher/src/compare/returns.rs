@@ -9,6 +9,7 @@ use crate::guest::{Gva, LinkAddr};
 const JUMP: u8 = 0xe9;
 const CALL: u8 = 0xe8;
 const INT3: u8 = 0xcc;
+const CS: u8 = 0x2e;
 pub(super) const RET: [u8; 5] = [0xc3, INT3, INT3, INT3, INT3];
 /// `ud1` behind the trampoline of a static call: not an ordinary return (`tramp_ud`).
 const TRAMPOLINE_END: [u8; 3] = [0x0f, 0xb9, 0xcc];
@@ -100,16 +101,16 @@ pub(super) fn retpolines(view: &View<'_>, sheet: &mut Sheet, alternatives: &Alte
     }
     let kept = kept && !lfence;
     for at in view.places(&Table::Section(".retpoline_sites")) {
-        let Some(first) = sheet
-            .get(at, 2)
-            .and_then(|two| two.first_chunk::<2>())
-            .copied()
-        else {
+        // With -mindirect-branch-cs-prefix, for the registers that need a byte more.
+        let prefix = usize::from(sheet.get(at, 1) == Some(&[CS]));
+        let code = at.offset(prefix as u64);
+        let first = sheet.get(code, 2).and_then(|two| two.first_chunk::<2>());
+        let Some(first) = first.copied() else {
             continue;
         };
         let (len, branch) = match first {
-            [CALL | JUMP, _] => (5, at),
-            [0x0f, 0x80..=0x8f] => (6, at.offset(1)),
+            [CALL | JUMP, _] => (prefix + 5, code),
+            [0x0f, 0x80..=0x8f] => (prefix + 6, code.offset(1)),
             _ => continue,
         };
         let register = sheet

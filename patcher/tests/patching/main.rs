@@ -8,6 +8,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod compare;
 mod damage;
 mod kernel_guest;
 mod redirect;
