@@ -48,6 +48,14 @@ fn redirect(qmp: &mut Qmp) -> Result<Value, Failure> {
     Ok(qmp.execute("text-redirect", request)?)
 }
 
+/// An address, as every reply has them.
+fn address(reply: &Value, name: &str) -> Result<u64, Failure> {
+    let digits = reply.get(name).and_then(Value::as_str);
+    digits
+        .and_then(|text| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok())
+        .ok_or_else(|| Failure::new(format!("no {name} in {reply}")))
+}
+
 /// How long a command kept the guest stopped, in microseconds: every such reply says so.
 fn stalled(reply: &Value) -> Result<u64, Failure> {
     reply
@@ -159,18 +167,12 @@ fn a_revert_is_refused_when_the_bytes_are_not_ours_any_more() -> TestResult {
         let mut qmp = guest.control()?;
         let entry = redirect(&mut qmp)?;
         // Somebody else writes there: this test, into guest memory from outside.
-        let number = |value: &Value, name: &str| {
-            let digits = value.get(name).and_then(Value::as_str);
-            digits
-                .and_then(|text| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok())
-                .ok_or_else(|| Failure::new(format!("no {name} in {value}")))
-        };
         let kernel = qmp.execute("query-kernel", json!({}))?;
-        let at = number(&entry, "address")?;
+        let at = address(&entry, "address")?;
         // The kernel's image is mapped at __START_KERNEL_map (arch/x86/include/asm/page_64_types.h).
         let physical = at
             .wrapping_sub(0xffff_ffff_8000_0000)
-            .wrapping_add(number(&kernel, "phys-base")?);
+            .wrapping_add(address(&kernel, "phys-base")?);
         let said = qmp.execute(
             "human-monitor-command",
             json!({"command-line": format!("gpa2hva {physical:#x}")}),
@@ -342,10 +344,8 @@ fn guest_writes_into_our_code_are_dropped_and_told() -> TestResult {
         qmp.execute("events-enable", json!({}))?;
         redirect(&mut qmp)?;
         let arena = qmp.execute("query-text", json!({}))?;
-        let at = arena
-            .pointer("/arena/code-gpa")
-            .and_then(Value::as_u64)
-            .ok_or_else(|| Failure::new(format!("no arena in {arena}")))?;
+        let arena = arena.get("arena").unwrap_or(&Value::Null);
+        let at = address(arena, "code-gpa")?;
         let before = guest.sh(&format!("guest load {at:#x}"))?;
         // The last ones KVM does not emulate.
         for (count, how) in [

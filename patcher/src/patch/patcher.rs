@@ -17,7 +17,7 @@ use super::writing::{change, is_there, jump, still_ours, unmark};
 use super::{EntryId, PatchError};
 use crate::Kernel;
 use crate::arena::Arena;
-use crate::guest::{GuestMemory, StoppedGuest};
+use crate::guest::StoppedGuest;
 use crate::space::{LayoutError, LocateError, Located};
 use crate::symbols::Module;
 use crate::tasks::{Task, tasks};
@@ -366,18 +366,10 @@ impl Patcher {
                 .any(|entry| is_there(&located.space(&guest), entry))
     }
 
-    /// Whether the guest's memory looks as we left it. It may be read while the guest runs: an answer
-    /// of no is a reason to stop it and look.
+    /// Whether there is any change in the guest.
     #[must_use]
-    pub fn is_undisturbed(&self, memory: &dyn GuestMemory) -> bool {
-        let Some(located) = self.found.as_deref() else {
-            return true;
-        };
-        let space = located.space(&memory);
-        self.arena
-            .as_ref()
-            .is_none_or(|arena| arena.check(memory).is_ok())
-            && self.ledger.applied().all(|entry| is_there(&space, entry))
+    pub fn has_applied(&self) -> bool {
+        self.ledger.applied().next().is_some()
     }
 
     /// Whether there is retired code that is freed when nobody is in it any more.

@@ -36,7 +36,7 @@ struct State {
     pace: Pace,
 }
 
-/// How often the guest is stopped for a look that came to nothing: less and less often.
+/// How often every stack is searched for retired code: less and less often.
 #[derive(Default)]
 struct Pace {
     /// Looks to leave out.
@@ -248,20 +248,15 @@ impl Patching {
         let Some(patcher) = patcher else {
             return;
         };
-        // Reading does not stop the guest.
-        let disturbed = !patcher.is_undisturbed(self.machine.ram());
-        if !disturbed && !patcher.has_to_collect() {
-            *pace = Pace::default();
-            return;
-        }
-        if !pace.is_due() {
+        let collect = patcher.has_to_collect() && pace.is_due();
+        if !collect && !patcher.has_applied() {
             return;
         }
         let looked = self.machine.with_stopped(LOOK_DEADLINE, |guest| {
-            if disturbed {
-                patcher.locate(guest).map(drop)
-            } else {
+            if collect {
                 patcher.collect(guest).map(drop)
+            } else {
+                patcher.locate(guest).map(drop)
             }
         });
         if let Ok((Err(PatchError::Gone { why, lost }), _)) = looked {
