@@ -4,6 +4,9 @@ use serde_json::{Map, Value};
 
 use super::error::{QmpError, Reason};
 
+/// Bytes of an `id`, which is kept while the command runs.
+const MAX_ID: usize = 4096;
+
 /// One command of a client.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Request {
@@ -26,8 +29,17 @@ pub(super) fn parse(value: Value) -> Parsed {
             request: Err(bad("a request is a JSON object with the member 'execute'")),
         };
     };
+    let id = members.remove("id");
+    let len = id.as_ref().map_or(0, |id| id.to_string().len());
+    if len > MAX_ID {
+        let text = format!("the id has {len} bytes, and at most {MAX_ID} are kept");
+        return Parsed {
+            id: None,
+            request: Err(QmpError::new(Reason::TooLarge, text)),
+        };
+    }
     Parsed {
-        id: members.remove("id"),
+        id,
         request: members_to_request(members),
     }
 }

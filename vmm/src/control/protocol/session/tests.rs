@@ -173,3 +173,12 @@ fn own_events_only_on_request() {
     );
     assert_eq!(error_of(&answer), ("GenericError", "WrongType"));
 }
+
+#[test]
+fn an_id_that_is_too_long_is_refused() {
+    let mut session = ready();
+    let request = json!({"execute": "query-status", "id": "x".repeat(5000)}).to_string();
+    let reply = sent(&mut session, &request);
+    assert_eq!(reply["id"], Value::Null);
+    assert_eq!(error_of(&reply), ("GenericError", "TooLarge"));
+}
