@@ -17,6 +17,7 @@ use super::writing::{change, is_there, jump, still_ours, unmark};
 use super::{EntryId, PatchError};
 use crate::Kernel;
 use crate::arena::Arena;
+use crate::compare::{CompareError, Comparison, compare};
 use crate::guest::StoppedGuest;
 use crate::space::{LayoutError, LocateError, Located};
 use crate::symbols::Module;
@@ -102,6 +103,21 @@ impl Patcher {
         let memory = &&*guest;
         let space = found.space(memory);
         Ok(layout.modules(&space, &found)?)
+    }
+
+    /// Compares the text of the stopped guest with what its kernel makes of it.
+    ///
+    /// # Errors
+    /// [`PatchError::Layout`], [`PatchError::Read`], and those of [`Patcher::locate`].
+    pub fn compare_text(&mut self, guest: &mut dyn StoppedGuest) -> Result<Comparison, PatchError> {
+        let found = self.identify(guest)?;
+        let memory = &&*guest;
+        let space = found.space(memory);
+        let ours: Vec<_> = self.ledger.applied().cloned().collect();
+        compare(&self.know.kernel, &space, &found, &ours).map_err(|error| match error {
+            CompareError::Layout(error) => error.into(),
+            CompareError::Read { source, .. } => source.into(),
+        })
     }
 
     /// Checks a change of bytes as far as it can be done without the guest.

@@ -10,6 +10,7 @@ mod decode;
 mod ftrace;
 mod kprobes;
 mod regions;
+mod survey;
 mod tables;
 mod write;
 
@@ -21,6 +22,7 @@ pub(crate) use decode::{
 pub use ftrace::{FtraceError, FtraceLayout, FtraceRecord};
 pub use kprobes::KprobesLayout;
 pub use regions::{RegionError, Regions};
+pub use survey::{FunctionVerdict, Survey, Surveyor};
 pub use tables::{Rewriter, Rewritten};
 pub use write::WriteError;
 pub(crate) use write::write;

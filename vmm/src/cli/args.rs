@@ -74,6 +74,8 @@ pub enum ClientCommand {
     },
     /// Print events as they happen, until the VMM ends
     Events,
+    /// Say what a kernel or a memory dump is, or whether the running guest's kernel text is untouched
+    Inspect(InspectArgs),
     /// Say which kernel the guest runs and where it is
     Kernel,
     /// Look up symbols of the guest kernel
@@ -117,6 +119,24 @@ pub enum ClientCommand {
     /// Hold and release single vCPUs
     #[command(subcommand, hide = true)]
     Vcpu(VcpuCommand),
+}
+
+/// `inspect`.
+#[derive(clap::Args, Debug)]
+pub struct InspectArgs {
+    /// A kernel (bzImage or vmlinux) or a memory dump; without it, the guest at the control socket
+    pub file: Option<PathBuf>,
+    /// The kernel of a memory dump
+    #[arg(long, value_name = "FILE", requires = "file")]
+    pub kernel: Option<PathBuf>,
+    /// Of a kernel, only the functions whose names match, in which `*` and `?` match anything
+    #[arg(
+        long,
+        value_name = "PATTERN",
+        requires = "file",
+        conflicts_with = "kernel"
+    )]
+    pub function: Option<String>,
 }
 
 /// `text`.

@@ -6,6 +6,7 @@
 
 mod commands;
 mod error;
+mod inspect;
 mod session;
 mod vmcoreinfo;
 

@@ -47,6 +47,8 @@ pub(super) enum ClientError {
     File { path: PathBuf, source: io::Error },
     #[error("standard output: {0}")]
     Output(io::Error),
+    #[error("{}: {why}", path.display())]
+    Usage { path: PathBuf, why: &'static str },
 }
 
 impl ClientError {

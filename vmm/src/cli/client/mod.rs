@@ -6,6 +6,7 @@
 
 mod connection;
 mod dump;
+mod inspect;
 mod render;
 mod request;
 
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 
 use serde_json::Value;
 
-use super::args::ClientCommand;
+use super::args::{ClientCommand, InspectArgs};
 use connection::{ClientError, Connection};
 use request::Task;
 
@@ -26,11 +27,35 @@ const DEADLINE: u8 = 3;
 /// Runs one command against the VMM that listens at `control`.
 #[must_use]
 pub fn main(control: Option<PathBuf>, json: bool, command: ClientCommand) -> ExitCode {
-    let Some(path) = control else {
-        eprintln!("stillpoint: which VMM? Give its control socket with --control SOCKET (or -c)");
-        return ExitCode::from(USAGE);
+    let result = match (command, control) {
+        (
+            ClientCommand::Inspect(InspectArgs {
+                file: Some(file),
+                kernel,
+                function,
+            }),
+            _,
+        ) => inspect::run(
+            json,
+            &inspect::Inspect {
+                file,
+                kernel,
+                function,
+            },
+        ),
+        (command, Some(path)) => run(&path, json, command),
+        (command, None) => {
+            let or = match command {
+                ClientCommand::Inspect(_) => "Name a file, or give",
+                _ => "Give",
+            };
+            eprintln!(
+                "stillpoint: which VMM? {or} its control socket with --control SOCKET (or -c)"
+            );
+            return ExitCode::from(USAGE);
+        }
     };
-    match run(&path, json, command) {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read the output has seen enough, as `head` does.
         Err(ClientError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
@@ -42,10 +67,10 @@ pub fn main(control: Option<PathBuf>, json: bool, command: ClientCommand) -> Exi
             } else {
                 eprintln!("stillpoint: {error}");
             }
-            ExitCode::from(if error.is_deadline() {
-                DEADLINE
-            } else {
-                FAILED
+            ExitCode::from(match error {
+                ClientError::Usage { .. } => USAGE,
+                error if error.is_deadline() => DEADLINE,
+                _ => FAILED,
             })
         }
     }

@@ -97,6 +97,7 @@ impl Task {
             }),
             C::Reset => shown("system_reset", Value::Null, |_| "reset".to_owned()),
             C::Cpus => shown("query-cpus-fast", Value::Null, render::cpus),
+            C::Inspect(_) => shown("inspect-text", Value::Null, render::inspected_text),
             C::Kernel => shown("query-kernel", Value::Null, render::kernel),
             C::Symbols { pattern } => ask("query-symbols", json!({ "pattern": pattern })),
             C::Tasks => ask("query-tasks", Value::Null),

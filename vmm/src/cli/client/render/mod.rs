@@ -3,12 +3,14 @@
 //! [`anything`] shows whatever a command returns: an object as a list of its members, an array of
 //! objects as a table. Members whose name ends in `-us` are times.
 
+mod inspect;
 mod patching;
 
 use std::fmt::Write;
 
 use serde_json::{Map, Value};
 
+pub(super) use inspect::{inspected_dump, inspected_kernel, inspected_text};
 pub(super) use patching::{changed, kernel, list as text_list, reverted};
 
 /// A time in microseconds, as one reads it.

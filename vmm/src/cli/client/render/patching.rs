@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{anything, plain, time};
 
 /// What every answer ends with that took a stop.
-fn stalled(answer: &Value) -> String {
+pub(super) fn stalled(answer: &Value) -> String {
     let stop = &answer["stop"];
     let all = stop["stalled-in-all-us"].as_u64().unwrap_or(0);
     match stop["stops"].as_u64().unwrap_or(1) {
