@@ -33,9 +33,17 @@ pub fn replacement(name: &str) -> PathBuf {
 pub const REPLACED: &str = "Stillpoint was here";
 
 /// What `scripts/setup` installs for tests: `qmp-shell`, `drgn`, and a Python with their libraries.
-#[must_use]
-pub fn python_client(name: &str) -> PathBuf {
-    image_cache().join("python/bin").join(name)
+///
+/// # Errors
+///
+/// When it is not there.
+pub fn python_client(name: &str) -> Result<PathBuf, Failure> {
+    let path = image_cache().join("python/bin").join(name);
+    if path.exists() {
+        return Ok(path);
+    }
+    let text = format!("{} is not there: run scripts/setup", path.display());
+    Err(Failure::new(text))
 }
 
 /// Our binary, of the same profile as this test.

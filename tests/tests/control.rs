@@ -160,7 +160,7 @@ fn our_own_client_says_the_same_for_people_and_programs() -> TestResult {
 }
 
 fn client(program: &str, args: &[&str], socket: &Path, input: &str) -> Result<Ran, Failure> {
-    let mut command = Command::new(python_client(program));
+    let mut command = Command::new(python_client(program)?);
     command.args(args).arg(socket);
     if input.is_empty() {
         return Ran::of(&mut command);
@@ -203,7 +203,7 @@ fn drgn_debugs_the_running_kernel() -> TestResult {
         let banner = guest.sh("cat /proc/version")?;
         let address = guest.sh("awk '$3 == \"linux_banner\" { print $1 }' /proc/kallsyms")?;
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/drgn_reads.py");
-        let mut drgn = Command::new(python_client("drgn"));
+        let mut drgn = Command::new(python_client("drgn")?);
         drgn.arg("-q")
             .arg("--qemu")
             .arg(guest.socket())
