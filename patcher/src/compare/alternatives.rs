@@ -361,3 +361,61 @@ fn shorten(code: &mut [u8], at: usize, distance: i64) {
     let to = code.get_mut(at..).unwrap_or_default().iter_mut();
     to.zip(bytes).for_each(|(to, from)| *to = from);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AT: LinkAddr = LinkAddr(0xffff_ffff_8100_1000);
+
+    fn choice(replacement: LinkAddr, len: u8) -> Choice {
+        Choice {
+            at: AT,
+            replacement,
+            feature: 0,
+            not: false,
+            direct_call: false,
+            len,
+            replacement_len: len,
+        }
+    }
+
+    #[test]
+    fn a_single_branch_is_moved() {
+        let choice = choice(AT.offset(0x100), 5);
+        let mut call = [CALL, 0x10, 0, 0, 0];
+        single_branch(&choice, &mut call);
+        assert_eq!(call, [CALL, 0x10, 1, 0, 0]);
+        let mut far = [JUMP, 0x10, 0, 0, 0];
+        single_branch(&choice, &mut far);
+        assert_eq!(far, [JUMP, 0x10, 1, 0, 0]);
+        // To AT + 0x20: a short jump and a nop reach that; backwards there is none.
+        let mut near = [JUMP, 0x1b, 0xff, 0xff, 0xff];
+        single_branch(&choice, &mut near);
+        assert_eq!(near, [SHORT_JUMP, 0x1e, 0x0f, 0x1f, 0x00]);
+        let mut back = [JUMP, 0xeb, 0xfe, 0xff, 0xff];
+        single_branch(&choice, &mut back);
+        assert_eq!(back, [JUMP, 0xeb, 0xff, 0xff, 0xff]);
+    }
+
+    #[test]
+    fn every_operand_that_leads_out_is_moved() {
+        // mov 0x10(%rip),%rax ; je +2 (inside) ; nop ; nop
+        let choice = choice(AT.offset(0x100), 11);
+        let mut code = [0x48, 0x8b, 0x05, 0x10, 0, 0, 0, 0x74, 0x02, 0x90, 0x90];
+        every_operand(&choice, &mut code, 11);
+        assert_eq!(
+            code,
+            [0x48, 0x8b, 0x05, 0x10, 1, 0, 0, 0x74, 0x02, 0x90, 0x90]
+        );
+        // A jump that gets short is followed by int3.
+        let choice = self::choice(AT.offset(0x100), 5);
+        let mut code = [JUMP, 0x1b, 0xff, 0xff, 0xff];
+        every_operand(&choice, &mut code, 5);
+        assert_eq!(code, [SHORT_JUMP, 0x1e, INT3, INT3, INT3]);
+        // What is no code ends it.
+        let mut odd = [0x06, 0xe8, 0, 0, 0];
+        every_operand(&choice, &mut odd, 5);
+        assert_eq!(odd, [0x06, 0xe8, 0, 0, 0]);
+    }
+}

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use super::moved::moved;
 use super::owners::{Change, Owners};
 use super::report::{Class, CompareError, Comparison, Count, Foreign};
 use super::sheet::{Mark, Sheet};
@@ -12,6 +13,8 @@ use crate::patch::{Applied, Bytes};
 
 /// Foreign ranges that are listed at most.
 const MOST: usize = 10_000;
+/// Bytes that differ after which no more are looked for.
+const MOST_BYTES: usize = 1 << 20;
 /// Equal bytes between two differences that still make one range.
 const GAP: u64 = 3;
 /// Bytes of a range that are shown at most.
@@ -38,16 +41,20 @@ pub(super) fn of(
         moved(view, &mut sheet, &mut differences, &at_found);
     }
     let mut doubts = Vec::new();
+    if differences.len() >= MOST_BYTES {
+        doubts.push("so much differs that the rest of the text was not looked at".into());
+    }
     let owners = Owners::of(view, ours, &mut doubts);
     let sites = count(view, &mut sheet, &text, &at_found);
     let marks = sheet.marks().to_vec();
     let mut foreign = Vec::new();
     let mut foreign_bytes = 0;
-    for range in ranges(&differences) {
+    let ranges = ranges(&differences);
+    for range in &ranges {
         foreign_bytes += range.end.distance_from(range.start);
     }
-    let all = whole_sites(&ranges(&differences), &marks);
-    let truncated = all.len() > MOST;
+    let all = whole_sites(&ranges, &marks);
+    let truncated = all.len() > MOST || differences.len() >= MOST_BYTES;
     for (range, site) in all.into_iter().take(MOST) {
         let len = usize::try_from(range.end.distance_from(range.start)).unwrap_or(0);
         let len = len.min(SHOWN);
@@ -87,6 +94,9 @@ fn differences(sheet: &Sheet, text: &Range<LinkAddr>, found: &[u8]) -> Vec<LinkA
     let mut differences = Vec::new();
     let mut at = text.start;
     for page in found.chunks(PAGE) {
+        if differences.len() >= MOST_BYTES {
+            break;
+        }
         match sheet.get(at, page.len()) {
             Some(expected) if expected == page => {}
             _ => {
@@ -120,45 +130,6 @@ fn changed(view: &View<'_>, text: &Range<LinkAddr>, found: &[u8]) -> u64 {
         at = at.offset(page.len() as u64);
     }
     changed
-}
-
-/// Takes the differences away that the slide makes, for a file that does not list its relocations.
-fn moved(
-    view: &View<'_>,
-    sheet: &mut Sheet,
-    differences: &mut Vec<LinkAddr>,
-    found: &impl Fn(LinkAddr, usize) -> Option<Vec<u8>>,
-) {
-    let Ok(slide) = i32::try_from(sheet.slide.0) else {
-        return;
-    };
-    let image = |at: LinkAddr| view.kernel.image().section_at(at).is_some();
-    let mut known: Option<Range<LinkAddr>> = None;
-    differences.retain(|&at| {
-        if known.as_ref().is_some_and(|known| known.contains(&at)) {
-            return false;
-        }
-        for back in (0..4_u64).rev() {
-            let start = LinkAddr(at.0.wrapping_sub(back));
-            let number = |bytes: &[u8]| bytes.first_chunk().map(|raw| i32::from_le_bytes(*raw));
-            let (Some(expected), Some(now)) = (
-                sheet.get(start, 4).and_then(number),
-                found(start, 4).and_then(|bytes| number(&bytes)),
-            ) else {
-                continue;
-            };
-            let target = LinkAddr(0).displace(expected.into());
-            let grown = expected.wrapping_add(slide) == now && expected < 0 && image(target);
-            let absolute = start.offset(4).displace(expected.into());
-            let shrunk = expected.wrapping_sub(slide) == now && absolute.0 < 1 << 24;
-            if grown || shrunk {
-                sheet.put(start, &now.to_le_bytes(), Class::Relocation);
-                known = Some(start..start.offset(4));
-                return false;
-            }
-        }
-        true
-    });
 }
 
 /// Bytes that differ, with few equal ones between, as ranges.

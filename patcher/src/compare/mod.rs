@@ -15,13 +15,14 @@
 //! use, is named as a doubt.
 //!
 //! KASLR: a bzImage lists the words that it changes, and so does what was unpacked from one. For a
-//! vmlinux without that list, a 32-bit word that points into the image and has grown by exactly the
-//! slide counts as moved, and one that has shrunk by it.
+//! vmlinux without that list, an operand of an instruction that has grown or shrunk by exactly the
+//! slide counts as moved.
 
 mod alternatives;
 mod boot;
 mod difference;
 mod keys;
+mod moved;
 mod nops;
 mod owners;
 mod report;

@@ -38,7 +38,11 @@ impl Returns {
         let asked = askers
             .iter()
             .any(|name| alternatives.asks(view.kernel, name, RETHUNK));
-        let thunk = view.variable("x86_return_thunk", 8)?.map(Gva);
+        // Wherever else the variable may point, no kernel returns through that.
+        let thunk = view
+            .variable("x86_return_thunk", 8)?
+            .map(Gva)
+            .filter(|&thunk| is_thunk(view, thunk));
         let on = asked && view.has(RETHUNK) == Some(true);
         let its = view.symbol("its_return_thunk").map(|at| view.run_time(at));
         Ok(Self {
@@ -76,6 +80,12 @@ impl Returns {
             sheet.put(at, &bytes, Class::Return);
         }
     }
+}
+
+/// Whether it is one of the kernel's return thunks (arch/x86/lib/retpoline.S).
+fn is_thunk(view: &View<'_>, at: Gva) -> bool {
+    let place = view.kernel.symbols().at(at.linked(view.located.slide));
+    place.is_some_and(|place| place.offset == 0 && place.symbol.name().contains("return_thunk"))
 }
 
 /// Indirect calls and jumps (`apply_retpolines`): they stay calls of a thunk where the guest wants
@@ -150,4 +160,32 @@ fn direct(first: [u8; 2], len: usize, register: u8, lfence: bool) -> Vec<u8> {
     let have = bytes.len();
     bytes.extend(super::nops::nop(len.saturating_sub(have)));
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thunk_becomes_a_plain_branch_in_the_same_room() {
+        let call = [CALL, 0];
+        let jump = [JUMP, 0];
+        let below = [0x0f, 0x82];
+        assert_eq!(direct(call, 5, 0, false), [0xff, 0xd0, 0x0f, 0x1f, 0x00]);
+        assert_eq!(
+            direct(call, 6, 10, false),
+            [0x41, 0xff, 0xd2, 0x0f, 0x1f, 0x00]
+        );
+        assert_eq!(
+            direct(call, 6, 10, true),
+            [0x0f, 0xae, 0xe8, 0x41, 0xff, 0xd2]
+        );
+        assert_eq!(direct(jump, 5, 1, false), [0xff, 0xe1, INT3, 0x66, 0x90]);
+        assert_eq!(
+            direct(below, 6, 2, false),
+            [0x73, 4, 0xff, 0xe2, INT3, 0x90]
+        );
+        // Too long for its room: it stays a thunk's.
+        assert_ne!(direct(jump, 5, 11, true).len(), 5);
+    }
 }
