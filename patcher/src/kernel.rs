@@ -68,7 +68,8 @@ const KEPT_PREFIX: &str = "runtime_";
 const KEPT_SYMBOLS: [(&str, u64); 1] = [("x86nops", 66)];
 
 /// Tables of interest that are in larger sections.
-const KEPT_PARTS: [(&str, &str); 2] = [
+const KEPT_PARTS: [(&str, &str); 3] = [
+    ("skl_call_thunk_template", "skl_call_thunk_tail"),
     ("__start___jump_table", "__stop___jump_table"),
     ("__start_static_call_sites", "__stop_static_call_sites"),
 ];

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use super::depth::Depth;
 use super::nops::nop;
 use super::report::{Class, CompareError};
 use super::returns::{RET, Returns};
@@ -164,6 +165,7 @@ pub(super) fn static_calls(
     view: &View<'_>,
     sheet: &mut Sheet,
     returns: &Returns,
+    depth: Option<&Depth>,
 ) -> Result<(), CompareError> {
     let table = Table::Between("__start_static_call_sites", "__stop_static_call_sites");
     let Some(table) = Relative::of(view, &table, "static_call_site", &["addr", "key"])? else {
@@ -190,6 +192,10 @@ pub(super) fn static_calls(
         let key = LinkAddr(tagged.0 & !FLAGS).offset(func.offset);
         let func = Gva(keys.get(key).map_err(unreadable)?);
         let tail = tagged.0 & 1 != 0;
+        let func = match depth {
+            Some(depth) if !tail && func.0 != 0 => depth.translate_run_time(sheet, func),
+            _ => func,
+        };
         let bytes = match (tail, func.0) {
             (false, 0) => Some(nop(5).to_vec()),
             (false, _) if Some(func) == nothing => Some(XOR5.to_vec()),

@@ -11,8 +11,7 @@
 //! Not guaranteed: that the variables themselves are as the guest's owner wants them; that text
 //! outside `[_stext, _etext)` (modules, BPF, trampolines) is unchanged. Choices that the boot made by
 //! CPU features are checked against the features as they are now. Known are kernels from 6.1 to
-//! 6.12; a kernel with call depth tracking, or with the thunks against indirect target selection in
-//! use, is named as a doubt.
+//! 6.12; one that uses thunks against indirect target selection (ITS) is named as a doubt.
 //!
 //! KASLR: a bzImage lists the words that it changes, and so does what was unpacked from one. For a
 //! vmlinux without that list, an operand of an instruction that has grown or shrunk by exactly the
@@ -20,6 +19,7 @@
 
 mod alternatives;
 mod boot;
+mod depth;
 mod difference;
 mod keys;
 mod moved;
@@ -34,6 +34,7 @@ mod view;
 pub use report::{Class, CompareError, Comparison, Count, Foreign, Owner};
 
 use alternatives::Alternatives;
+use depth::Depth;
 use returns::Returns;
 use sheet::Sheet;
 use view::View;
@@ -99,13 +100,17 @@ impl<'a> Expected<'a> {
         let alternatives = Alternatives::of(kernel, &view)?;
         let returns = Returns::of(&view, &alternatives)?;
         keys::jump_labels(&view, &mut sheet)?;
-        keys::static_calls(&view, &mut sheet, &returns)?;
+        let depth = Depth::of(&view)?;
+        keys::static_calls(&view, &mut sheet, &returns, depth.as_ref())?;
         boot::entries(&view, &mut sheet);
         boot::tracers(&view, &mut sheet)?;
         boot::paravirt(&view, &mut sheet)?;
-        returns::retpolines(&view, &mut sheet, &alternatives);
+        returns::retpolines(&view, &mut sheet, &alternatives, depth.is_some());
         returns.apply(&view, &mut sheet);
         alternatives.apply(&view, &mut sheet)?;
+        if let Some(depth) = &depth {
+            depth.apply(&view, &mut sheet, &alternatives);
+        }
         boot::seals(&view, &mut sheet)?;
         boot::locks(&view, &mut sheet)?;
         keys::runtime_constants(&view, &mut sheet)?;
@@ -157,9 +162,6 @@ impl<'a> Expected<'a> {
 fn doubts(view: &View<'_>) -> Result<Vec<String>, CompareError> {
     let mut doubts = Vec::new();
     let on = |name, size| Ok::<_, CompareError>(view.variable(name, size)?.unwrap_or(0) != 0);
-    if on("thunks_initialized", 1)? {
-        doubts.push("calls are counted (call depth tracking), which is not explained".into());
-    }
     if on("its_page", 8)? {
         doubts.push(
             "indirect branches go through thunks of their own (ITS), which is not explained".into(),

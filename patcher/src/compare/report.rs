@@ -27,6 +27,8 @@ pub enum Class {
     Paravirt,
     /// Indirect calls and jumps.
     Retpoline,
+    /// Calls that are counted, and the padding in which they are.
+    CallDepth,
     /// Returns.
     Return,
     /// Code chosen by the CPU's features.
@@ -50,6 +52,7 @@ impl fmt::Display for Class {
             Self::StaticCallTrampoline => "static call trampoline",
             Self::Paravirt => "paravirt call",
             Self::Retpoline => "retpoline",
+            Self::CallDepth => "counted call",
             Self::Return => "return",
             Self::Alternative => "alternative",
             Self::Endbr => "endbr",

@@ -90,7 +90,12 @@ fn is_thunk(view: &View<'_>, at: Gva) -> bool {
 
 /// Indirect calls and jumps (`apply_retpolines`): they stay calls of a thunk where the guest wants
 /// retpolines, and become plain ones, or plain ones behind an LFENCE, where it does not.
-pub(super) fn retpolines(view: &View<'_>, sheet: &mut Sheet, alternatives: &Alternatives) {
+pub(super) fn retpolines(
+    view: &View<'_>,
+    sheet: &mut Sheet,
+    alternatives: &Alternatives,
+    counted: bool,
+) {
     let (Some(array), Some(next)) = (
         view.symbol("__x86_indirect_thunk_array")
             .or(view.symbol("__x86_indirect_thunk_rax")),
@@ -128,6 +133,17 @@ pub(super) fn retpolines(view: &View<'_>, sheet: &mut Sheet, alternatives: &Alte
             .map(|target| target.distance_from(array) / size)
             .and_then(|index| u8::try_from(index).ok())
             .filter(|&index| index < 16);
+        if let (true, Some(register)) = (kept && counted, register) {
+            let array = match first {
+                [CALL, _] => view.symbol("__x86_indirect_call_thunk_array"),
+                _ => view.symbol("__x86_indirect_jump_thunk_array"),
+            };
+            let target = array.map(|at| at.offset(u64::from(register) * size));
+            let target = target.map(|at| sheet.run_time(at));
+            if let Some([_, to @ ..]) = target.and_then(|to| sheet.branch(CALL, branch, to)) {
+                sheet.set(branch.offset(1), &to);
+            }
+        }
         let plain = register.map(|register| direct(first, len, register, lfence));
         match plain.filter(|plain| !kept && plain.len() == len) {
             Some(plain) => sheet.put(at, &plain, Class::Retpoline),

@@ -346,6 +346,7 @@ impl Image {
                 .iter()
                 .filter(|section| section.executable)
                 .map(Section::range)
+                .chain(parts)
                 .collect();
             relocations.retain(|at| code.iter().any(|range| range.contains(&at)));
         }
