@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::moved::moved;
 use super::owners::{Change, Owners};
-use super::report::{Class, CompareError, Comparison, Count, Foreign};
+use super::report::{Class, CompareError, Comparison, Count, Foreign, Owner};
 use super::sheet::{Mark, Sheet};
 use super::view::View;
 use crate::guest::LinkAddr;
@@ -33,7 +33,7 @@ pub(super) fn of(
     let found = view.bytes(text.start, len, "the kernel's text")?;
     let at_found = |at: LinkAddr, len: usize| {
         let from = usize::try_from(at.0.checked_sub(text.start.0)?).ok()?;
-        found.get(from..from.checked_add(len)?).map(<[u8]>::to_vec)
+        found.get(from..from.checked_add(len)?)
     };
     sheet.settle(at_found);
     let mut differences = differences(&sheet, &text, &found);
@@ -44,7 +44,6 @@ pub(super) fn of(
     if differences.len() >= MOST_BYTES {
         doubts.push("so much differs that the rest of the text was not looked at".into());
     }
-    let owners = Owners::of(view, ours, &mut doubts);
     let sites = count(view, &mut sheet, &text, &at_found);
     let marks = sheet.marks().to_vec();
     let mut foreign = Vec::new();
@@ -55,20 +54,24 @@ pub(super) fn of(
     }
     let all = whole_sites(&ranges, &marks);
     let truncated = all.len() > MOST || differences.len() >= MOST_BYTES;
+    // Reading them takes as long as comparing: only where there is something to own.
+    let owners = (!all.is_empty()).then(|| Owners::of(view, ours, &mut doubts));
     for (range, site) in all.into_iter().take(MOST) {
         let len = usize::try_from(range.end.distance_from(range.start)).unwrap_or(0);
         let len = len.min(SHOWN);
         let expected = sheet.get(range.start, len).unwrap_or_default().to_vec();
-        let found = at_found(range.start, len).unwrap_or_default();
+        let found = at_found(range.start, len).unwrap_or_default().to_vec();
         let address = view.run_time(range.start);
         foreign.push(Foreign {
             address,
             place: place(view, range.start),
-            owner: owners.of_change(&Change {
-                at: address,
-                expected: &expected,
-                found: &found,
-                site,
+            owner: owners.as_ref().map_or(Owner::Unknown, |owners| {
+                owners.of_change(&Change {
+                    at: address,
+                    expected: &expected,
+                    found: &found,
+                    site,
+                })
             }),
             expected: Bytes(expected),
             found: Bytes(found),
@@ -175,11 +178,11 @@ fn whole_sites(
 }
 
 /// How many places of each class there are, and how many the guest has changed.
-fn count(
+fn count<'f>(
     view: &View<'_>,
     sheet: &mut Sheet,
     text: &Range<LinkAddr>,
-    found: &impl Fn(LinkAddr, usize) -> Option<Vec<u8>>,
+    found: &impl Fn(LinkAddr, usize) -> Option<&'f [u8]>,
 ) -> BTreeMap<Class, Count> {
     let mut counts: BTreeMap<Class, Count> = BTreeMap::new();
     let mut last = None;
@@ -191,7 +194,7 @@ fn count(
         let count = counts.entry(mark.class).or_default();
         count.sites += 1;
         let file = view.kernel.image().read(mark.at, mark.len.into());
-        if file != found(mark.at, mark.len.into()).as_deref() {
+        if file != found(mark.at, mark.len.into()) {
             count.changed += 1;
         }
     }

@@ -13,7 +13,8 @@ use super::returns::{RET, Returns};
 use super::sheet::Sheet;
 use super::view::{Table, View};
 use crate::guest::{Gva, LinkAddr};
-use crate::space::{LayoutError, SpaceError};
+use crate::space::{LayoutError, SpaceError, optional_range};
+use crate::symbols::Symbol;
 use crate::types::Field;
 
 const CALL: u8 = 0xe8;
@@ -212,7 +213,7 @@ pub(super) fn static_calls(
             sheet.also(site, &RET);
         }
     }
-    for trampoline in view.kernel.symbols().matching("__SCT__*") {
+    for trampoline in trampolines(view) {
         let name = trampoline.name().replacen("__SCT__", "__SCK__", 1);
         let key = view.kernel.symbols().named(&name).next();
         let (Some(at), Some(key)) = (
@@ -235,6 +236,26 @@ pub(super) fn static_calls(
         }
     }
     Ok(())
+}
+
+/// The trampolines of static calls, which stand together in the text.
+fn trampolines<'a>(view: &View<'a>) -> Vec<Symbol<'a>> {
+    let symbols = view.kernel.symbols();
+    let range = optional_range(
+        view.kernel,
+        "__static_call_text_start",
+        "__static_call_text_end",
+    );
+    let Some(range) = range else {
+        return symbols.matching("__SCT__*").collect();
+    };
+    let mut all = Vec::new();
+    let mut at = range.start;
+    while let Some(place) = symbols.at(at).filter(|_| range.contains(&at)) {
+        at = at.offset(place.size.saturating_sub(place.offset).max(1));
+        all.push(place.symbol);
+    }
+    all
 }
 
 /// A conditional jump to a static call: to its function, or to a return.

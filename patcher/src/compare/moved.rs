@@ -48,11 +48,11 @@ impl Operands {
 }
 
 /// Takes the differences away that are operands which have grown, or shrunk, by exactly the slide.
-pub(super) fn moved(
+pub(super) fn moved<'f>(
     view: &View<'_>,
     sheet: &mut Sheet,
     differences: &mut Vec<LinkAddr>,
-    found: &impl Fn(LinkAddr, usize) -> Option<Vec<u8>>,
+    found: &impl Fn(LinkAddr, usize) -> Option<&'f [u8]>,
 ) {
     let Ok(slide) = i32::try_from(sheet.slide.0) else {
         return;
@@ -76,7 +76,7 @@ pub(super) fn moved(
             }
             let (Some(expected), Some(now)) = (
                 sheet.get(start, 4).and_then(number),
-                found(start, 4).and_then(|bytes| number(&bytes)),
+                found(start, 4).and_then(number),
             ) else {
                 continue;
             };

@@ -122,7 +122,7 @@ impl Sheet {
     }
 
     /// Makes of every such place what `found` tells, when that is what it can be.
-    pub(super) fn settle(&mut self, found: impl Fn(LinkAddr, usize) -> Option<Vec<u8>>) {
+    pub(super) fn settle<'f>(&mut self, found: impl Fn(LinkAddr, usize) -> Option<&'f [u8]>) {
         for (at, bytes) in std::mem::take(&mut self.also) {
             if found(at, bytes.len()).is_some_and(|found| found == bytes) {
                 self.set(at, &bytes);
