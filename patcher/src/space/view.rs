@@ -4,13 +4,16 @@
 //! look at a running guest, whose answer may then be torn) and dropped with it.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 
 use super::walk::{Mapping, Root, WalkError, walk};
 use crate::guest::{Gpa, GuestMemory, Gva, MemoryError};
 
-/// Translations remembered at most; then all are forgotten.
-const CACHE_LIMIT: usize = 1 << 16;
+/// Translations remembered. Each page has one place, where it takes that of another: a guest that
+/// knew how could make us forget, not slow.
+const PLACES: usize = 1 << 11;
+/// A large page is remembered as the 2 MiB that hold the address.
+const LARGE_SHIFT: u32 = 21;
+const SMALL_SHIFT: u32 = 12;
 
 /// Why guest-virtual memory could not be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -34,15 +37,35 @@ pub enum SpaceError {
 pub struct Space<'m> {
     memory: &'m dyn GuestMemory,
     root: Root,
-    cache: RefCell<HashMap<u64, Cached>>,
+    /// Empty until the first translation.
+    cache: RefCell<Vec<Cached>>,
 }
 
 #[derive(Clone, Copy)]
 struct Cached {
+    /// Which page: its number at the shift that it is remembered by, with the shift below it.
+    key: u64,
     /// Physical address of the page.
     page: Gpa,
     /// Its size minus one.
     inside: u64,
+}
+
+/// No page has this key: there is no such shift.
+const NONE: Cached = Cached {
+    key: u64::MAX,
+    page: Gpa(0),
+    inside: 0,
+};
+
+const fn key(at: Gva, shift: u32) -> u64 {
+    at.0 >> shift << 6 | shift as u64
+}
+
+/// Where a key has its place.
+fn place(key: u64) -> usize {
+    let mixed = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+    usize::try_from(mixed).unwrap_or(0) % PLACES
 }
 
 impl<'m> Space<'m> {
@@ -52,7 +75,7 @@ impl<'m> Space<'m> {
         Self {
             memory,
             root,
-            cache: RefCell::new(HashMap::new()),
+            cache: RefCell::default(),
         }
     }
 
@@ -158,24 +181,37 @@ impl<'m> Space<'m> {
         Ok(pieces)
     }
 
+    fn remembered(&self, at: Gva) -> Option<Cached> {
+        let cache = self.cache.borrow();
+        [LARGE_SHIFT, SMALL_SHIFT].into_iter().find_map(|shift| {
+            let key = key(at, shift);
+            cache
+                .get(place(key))
+                .filter(|known| known.key == key)
+                .copied()
+        })
+    }
+
     /// The physical address of `at`, and how many bytes its page still has from there.
     fn translate(&self, at: Gva) -> Result<(Gpa, u64), WalkError> {
-        let key = at.0 >> 12;
-        let known = self.cache.borrow().get(&key).copied();
-        let cached = match known {
+        let cached = match self.remembered(at) {
             Some(cached) => cached,
             None => {
                 let mapping = walk(self.memory, self.root, at)?;
                 let inside = mapping.page.bytes() - 1;
+                let large = inside >> (LARGE_SHIFT - 1) != 0;
                 let cached = Cached {
+                    key: key(at, if large { LARGE_SHIFT } else { SMALL_SHIFT }),
                     page: Gpa(mapping.gpa.0 & !inside),
                     inside,
                 };
                 let mut cache = self.cache.borrow_mut();
-                if cache.len() >= CACHE_LIMIT {
-                    cache.clear();
+                if cache.is_empty() {
+                    cache.resize(PLACES, NONE);
                 }
-                cache.insert(key, cached);
+                if let Some(place) = cache.get_mut(place(cached.key)) {
+                    *place = cached;
+                }
                 cached
             }
         };

@@ -173,6 +173,13 @@ impl Windows {
     /// Whether `address` is in one of the ranges.
     #[must_use]
     pub fn contains(&self, address: Gva) -> bool {
+        // Nearly every word of a stack is outside of all.
+        let (Some(first), Some(last)) = (self.0.first(), self.0.last()) else {
+            return false;
+        };
+        if address.0 < first.start || address.0 >= last.end {
+            return false;
+        }
         let after = self.0.partition_point(|range| range.start <= address.0);
         after
             .checked_sub(1)
@@ -189,6 +196,8 @@ pub(super) struct Scan<'a, 'm> {
     more: bool,
     /// Guest-physical pages of stacks that a vCPU may be on.
     pages: HashSet<u64>,
+    /// What was read last.
+    buffer: Vec<u8>,
 }
 
 impl<'a, 'm> Scan<'a, 'm> {
@@ -204,6 +213,7 @@ impl<'a, 'm> Scan<'a, 'm> {
             hits: Vec::new(),
             more: false,
             pages: HashSet::new(),
+            buffer: Vec::new(),
         }
     }
 
@@ -374,14 +384,13 @@ impl<'a, 'm> Scan<'a, 'm> {
         context: &dyn Fn() -> Context,
         shadow: bool,
     ) -> Result<(), TaskError> {
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-        self.walker
-            .space
-            .read(start, &mut bytes)
-            .map_err(|source| TaskError::Unreadable {
-                what: "stacks",
-                source,
-            })?;
+        let mut bytes = std::mem::take(&mut self.buffer);
+        bytes.resize(usize::try_from(len).unwrap_or(0), 0);
+        let read = self.walker.space.read(start, &mut bytes);
+        read.map_err(|source| TaskError::Unreadable {
+            what: "stacks",
+            source,
+        })?;
         for (index, word) in bytes.chunks_exact(8).enumerate() {
             let value = Gva(word.try_into().map_or(0, u64::from_le_bytes));
             if self.windows.contains(value) {
@@ -394,6 +403,7 @@ impl<'a, 'm> Scan<'a, 'm> {
                 self.hit(context, found, value);
             }
         }
+        self.buffer = bytes;
         Ok(())
     }
 
