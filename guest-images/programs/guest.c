@@ -3,6 +3,8 @@
 //
 //   guest spin SECONDS              keeps one CPU busy in user mode
 //   guest calls SECONDS             keeps every CPU busy in the kernel (getppid)
+//   guest threads COUNT             that many threads that sleep for ever
+//   guest zombie                    a child that has ended and is not asked for its status
 //   guest read FILE SECONDS TEXT... reads FILE over and over on every CPU and counts what it holds:
 //                                   prints, for each CPU, how often each TEXT was in it, and how
 //                                   often none was
@@ -22,6 +24,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -76,6 +79,35 @@ static void *call(void *cpu) {
             syscall(SYS_getppid);
     printf("cpu %ld: %lu calls\n", (long)cpu, calls);
     return NULL;
+}
+
+static void *sleep_on(void *nothing) {
+    for (;;)
+        pause();
+    return nothing;
+}
+
+static void threads(int count) {
+    pthread_attr_t attr;
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, 64 << 10);
+    for (int i = 1; i < count; i++) {
+        pthread_t thread;
+        if (pthread_create(&thread, &attr, sleep_on, NULL))
+            die("pthread_create");
+    }
+    printf("%d threads\n", count);
+    sleep_on(NULL);
+}
+
+static void zombie(void) {
+    pid_t child = fork();
+    if (child == 0)
+        _exit(0);
+    siginfo_t info;
+    waitid(P_PID, (id_t)child, &info, WEXITED | WNOWAIT);
+    printf("zombie %d\n", (int)child);
+    sleep_on(NULL);
 }
 
 static const char *file;
@@ -202,6 +234,10 @@ int main(int argc, char **argv) {
     } else if (!strcmp(what, "calls") && argc == 3) {
         end = now() + atof(argv[2]);
         on_every_cpu(call);
+    } else if (!strcmp(what, "threads") && argc == 3) {
+        threads(atoi(argv[2]));
+    } else if (!strcmp(what, "zombie") && argc == 2) {
+        zombie();
     } else if (!strcmp(what, "read") && argc >= 5 && argc - 4 <= MOST) {
         file = argv[2];
         end = now() + atof(argv[3]);

@@ -9,7 +9,7 @@ use crate::guest::LinkAddr;
 use crate::patch::code::ReturnSites;
 use crate::space::{Landmarks, LayoutError, Located, Space};
 use crate::symbols::ModulesLayout;
-use crate::tasks::TaskLayout;
+use crate::tasks::{SurveyLayout, TaskLayout};
 use crate::text::{BusyLayout, FtraceLayout, KprobesLayout, Regions, Rewritten};
 
 /// Return sites that are looked at to learn what the boot made of them.
@@ -22,6 +22,8 @@ pub(super) struct Knowledge {
     pub(super) kernel: Arc<Kernel>,
     pub(super) landmarks: Landmarks,
     pub(super) tasks: TaskLayout,
+    /// What is only shown: without it, the kernel can be patched all the same.
+    pub(super) survey: Result<SurveyLayout, LayoutError>,
     /// `None` for a kernel that has no modules.
     pub(super) modules: Option<ModulesLayout>,
     pub(super) regions: Regions,
@@ -40,6 +42,7 @@ impl Knowledge {
         Ok(Self {
             landmarks: Landmarks::of(&kernel)?,
             tasks: TaskLayout::of(&kernel)?,
+            survey: SurveyLayout::of(&kernel),
             modules: ModulesLayout::of(&kernel)?,
             busy: BusyLayout::of(&kernel)?,
             rewritten: Rewritten::of(&kernel)?,

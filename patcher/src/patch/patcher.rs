@@ -20,8 +20,8 @@ use crate::arena::Arena;
 use crate::compare::{CompareError, Comparison, compare};
 use crate::guest::StoppedGuest;
 use crate::space::{LayoutError, LocateError, Located};
-use crate::symbols::Module;
-use crate::tasks::{Task, tasks};
+use crate::symbols::{Loaded, Module};
+use crate::tasks::{Survey, Task, survey, tasks};
 use crate::text::{NOP5, whole};
 
 /// The changes to one guest's kernel.
@@ -91,6 +91,19 @@ impl Patcher {
         Ok(tasks(&space, &found, &self.know.tasks)?)
     }
 
+    /// Every task of the stopped guest as it is shown, whether or not the counts agree.
+    ///
+    /// # Errors
+    /// [`PatchError::Tasks`], [`PatchError::Layout`], and those of [`Patcher::locate`].
+    pub fn survey(&mut self, guest: &mut dyn StoppedGuest) -> Result<Survey, PatchError> {
+        let found = self.identify(guest)?;
+        let more = self.know.survey.as_ref().map_err(Clone::clone)?;
+        let memory = &&*guest;
+        let space = found.space(memory);
+        let vcpus = guest.vcpus();
+        Ok(survey(&space, &found, &self.know.tasks, more, vcpus)?)
+    }
+
     /// The modules that are loaded in the stopped guest.
     ///
     /// # Errors
@@ -117,6 +130,31 @@ impl Patcher {
         compare(&self.know.kernel, &space, &found, &ours).map_err(|error| match error {
             CompareError::Layout(error) => error.into(),
             CompareError::Read { source, .. } => source.into(),
+        })
+    }
+
+    /// Where the kernel is, and its modules with the symbols of those that are `wanted`.
+    ///
+    /// # Errors
+    /// [`PatchError::Modules`], and those of [`Patcher::locate`].
+    pub fn loaded(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        wanted: &dyn Fn(&Module) -> bool,
+    ) -> Result<Loaded, PatchError> {
+        let found = self.identify(guest)?;
+        let memory = &&*guest;
+        let space = found.space(memory);
+        let modules = match &self.know.modules {
+            Some(layout) => {
+                let modules = layout.modules(&space, &found)?;
+                layout.with_symbols(&space, modules, wanted)?
+            }
+            None => Vec::new(),
+        };
+        Ok(Loaded {
+            slide: found.slide,
+            modules,
         })
     }
 

@@ -104,6 +104,12 @@ pub enum SiteError {
         /// The symbol.
         name: String,
     },
+    /// No such module.
+    #[error("no module {module:?} is loaded in the guest")]
+    NoModule {
+        /// As it was given.
+        module: String,
+    },
     /// Not a site.
     #[error(
         "{text:?} is not a site: {why}; write symbol, symbol+0x12, symbol@2+0x12, module:symbol or 0xffff..."

@@ -14,6 +14,7 @@ mod error;
 mod find;
 mod format;
 mod glob;
+mod guest;
 mod modules;
 mod names;
 mod near;
@@ -23,6 +24,7 @@ use std::ops::Range;
 
 pub use error::{SiteError, SymbolsError};
 pub use format::{Format, Layout, OffsetForm};
+pub use guest::{GuestSymbols, Loaded, LoadedModule, PlaceInfo, SymbolInfo, SymbolQuery};
 pub use modules::{
     Array, MemoryKind, Module, ModuleMemory, ModuleState, ModuleSymbol, ModuleSymbols,
     ModulesError, ModulesLayout, OrcTables, SymbolTable,

@@ -107,6 +107,13 @@ impl TaskError {
     }
 }
 
+/// Tasks found so far.
+#[derive(Default)]
+pub(super) struct Tasks {
+    pub(super) tasks: Vec<Task>,
+    seen: HashSet<Gva>,
+}
+
 /// A reader of tasks in one stopped guest.
 pub(super) struct Walker<'a, 'm> {
     pub(super) space: &'a Space<'m>,
@@ -134,9 +141,16 @@ impl<'a, 'm> Walker<'a, 'm> {
 
     /// All tasks, each once.
     pub(super) fn all(&self) -> Result<Vec<Task>, TaskError> {
+        let mut found = self.listed()?;
+        self.compare_count(&found.tasks)?;
+        self.unlisted(&mut found)?;
+        Ok(found.tasks)
+    }
+
+    /// Every thread on the task list, each once.
+    pub(super) fn listed(&self) -> Result<Tasks, TaskError> {
         let layout = self.layout;
-        let mut tasks = Vec::new();
-        let mut seen = HashSet::new();
+        let mut found = Tasks::default();
         let init = layout.init_task.at(self.located.slide);
         let head = init.offset(layout.task.tasks);
         let mut leaders = vec![init];
@@ -145,34 +159,58 @@ impl<'a, 'm> Walker<'a, 'm> {
             let signal = self.pointer("task list", leader.offset(layout.task.signal))?;
             let head = signal.offset(layout.thread_head);
             for thread in self.entries("thread list", head, layout.task.thread_node)? {
-                if seen.insert(thread) {
-                    tasks.push(self.task(thread)?);
-                    self.bound("task list", tasks.len())?;
+                if found.seen.insert(thread) {
+                    found.tasks.push(self.task(thread)?);
+                    self.bound("task list", found.tasks.len())?;
                 }
             }
         }
-        self.compare_count(&tasks)?;
+        Ok(found)
+    }
+
+    /// Adds the tasks that are not on the task list.
+    pub(super) fn unlisted(&self, found: &mut Tasks) -> Result<(), TaskError> {
         for address in self.per_cpu()?.into_iter().chain(self.ending()?) {
-            if address.0 != 0 && seen.insert(address) {
-                tasks.push(self.task(address)?);
-                self.bound("run queues", tasks.len())?;
+            if address.0 != 0 && found.seen.insert(address) {
+                found.tasks.push(self.task(address)?);
+                self.bound("run queues", found.tasks.len())?;
             }
         }
-        Ok(tasks)
+        Ok(())
     }
 
     /// Everything but idle tasks is counted, by adding and removing under the lock of the list.
     fn compare_count(&self, tasks: &[Task]) -> Result<(), TaskError> {
-        let Some(address) = self.layout.nr_threads else {
+        let Some(counted) = self.counted()? else {
             return Ok(());
         };
-        let counted = self.number("nr_threads", address.at(self.located.slide), 4)?;
         let listed = tasks.iter().filter(|task| task.pid != 0).count() as u64;
         if listed == counted {
             Ok(())
         } else {
             Err(TaskError::Miscount { listed, counted })
         }
+    }
+
+    /// The kernel's own count of threads, where it has one.
+    pub(super) fn counted(&self) -> Result<Option<u64>, TaskError> {
+        let Some(address) = self.layout.nr_threads else {
+            return Ok(None);
+        };
+        let at = address.at(self.located.slide);
+        self.number("nr_threads", at, 4).map(Some)
+    }
+
+    /// The idle task of every CPU.
+    pub(super) fn idle(&self) -> Result<Vec<Gva>, TaskError> {
+        let queues = &self.layout.runqueues;
+        let per_cpu = &self.located.per_cpu;
+        let areas = per_cpu
+            .cpus()
+            .filter_map(|cpu| per_cpu.address(queues.variable, cpu));
+        areas
+            .map(|rq| self.pointer("run queues", rq.offset(queues.idle)))
+            .collect()
     }
 
     /// What is current, idle or waiting on every CPU.
@@ -279,7 +317,7 @@ impl<'a, 'm> Walker<'a, 'm> {
         self.entries(what, head, member)
     }
 
-    fn bound(&self, what: &'static str, count: usize) -> Result<(), TaskError> {
+    pub(super) fn bound(&self, what: &'static str, count: usize) -> Result<(), TaskError> {
         if count > self.limit {
             return Err(TaskError::Endless {
                 what,
@@ -320,7 +358,7 @@ impl<'a, 'm> Walker<'a, 'm> {
         self.number(what, at, 8).map(Gva)
     }
 
-    fn number(&self, what: &'static str, at: Gva, size: u64) -> Result<u64, TaskError> {
+    pub(super) fn number(&self, what: &'static str, at: Gva, size: u64) -> Result<u64, TaskError> {
         self.space
             .read_sized(at, size)
             .map_err(|source| TaskError::Unreadable { what, source })

@@ -1,16 +1,21 @@
 //! Who is running or waiting?
 //!
-//! [`tasks`] finds every task of a stopped guest, and [`scan`] tells which of them (or of the
+//! [`tasks`] finds every task of a stopped guest, [`survey`] describes them, and [`scan`] tells which of them (or of the
 //! vCPUs, or of the CPUs' own stacks) may come back to a range of addresses. A list that was cut off
 //! is never taken for the whole, and a scan looks at everything or fails.
 
 mod layout;
 mod list;
+mod pids;
 mod scan;
+mod state;
+mod survey;
 
 pub use layout::TaskLayout;
 pub use list::{Task, TaskAddr, TaskError};
 pub use scan::{Context, Found, Hit, Scanned, Windows};
+pub use state::{Scheduling, TaskState};
+pub use survey::{Counts, Survey, SurveyLayout, TaskInfo, TaskKind, survey};
 
 use crate::guest::Vcpu;
 use crate::space::{Located, Space};

@@ -488,3 +488,153 @@ fn windows_are_merged_and_exact() {
     assert!(Windows::new([at(7)..at(7)]).is_empty());
     assert!(Windows::new([at(u64::MAX - 1)..at(u64::MAX)]).contains(at(u64::MAX - 1)));
 }
+
+mod surveys {
+    use super::*;
+    use crate::tasks::pids::PidTable;
+
+    const NAMESPACE: LinkAddr = LinkAddr(INIT.0 + 0xe00);
+
+    fn more() -> SurveyLayout {
+        SurveyLayout {
+            exit_state: field(0xa8, 4),
+            parent: 0xb0,
+            thread_pid: 0xb8,
+            tgid: field(0x3c, 4),
+            cpu: field(0xc0, 4),
+            mm: 0xc8,
+            voluntary: field(0xd0, 8),
+            involuntary: field(0xd8, 8),
+            started: field(0xe0, 8),
+            delayed: Some(field(0x6a, 1)),
+            current: (PerCpuVariable::Absolute(RUNQUEUE), 0),
+            pids: Some(PidTable {
+                namespace: NAMESPACE,
+                head: 8,
+                shift: field(0, 1),
+                slots: field(8, 16 * 8),
+                first: 0x10,
+                link: 0xf0,
+            }),
+        }
+    }
+
+    impl Guest {
+        fn survey(&self) -> Result<Survey, TaskError> {
+            use crate::guest::StoppedGuest;
+            let space = self.located.space(&self.fake.image);
+            let vcpus = self.fake.image.vcpus();
+            survey(&space, &self.located, &self.layout, &more(), vcpus)
+        }
+
+        /// A node of the table of process ids.
+        fn node(&mut self, shift: u8, slots: &[u64]) -> u64 {
+            let node = self.alloc(0x100);
+            self.fake.put(node, &[shift]);
+            for (index, slot) in slots.iter().enumerate() {
+                self.fake.put_u64(node.offset(8 + 8 * index as u64), *slot);
+            }
+            node.0 + 2
+        }
+
+        fn root(&mut self, entry: u64) {
+            self.fake.put_u64(NAMESPACE.at(SLIDE).offset(8), entry);
+        }
+
+        fn pid_of(&mut self, task: Gva) -> u64 {
+            let pid = self.alloc(0x40);
+            self.fake.put_u64(pid.offset(0x10), task.0 + 0xf0);
+            pid.0
+        }
+    }
+
+    fn two_tasks() -> (Guest, Gva, Gva) {
+        let mut guest = Guest::new();
+        let one = guest.process(1, "init");
+        let two = guest.process(2, "worker");
+        (guest, one, two)
+    }
+
+    #[test]
+    fn tasks_are_described() {
+        let (mut guest, one, two) = two_tasks();
+        let pids = [0, guest.pid_of(one), guest.pid_of(two), 0x406];
+        let leaf = guest.node(0, &pids);
+        let root = guest.node(6, &[leaf, 0]);
+        guest.root(root);
+        guest.fake.put(one.offset(0x3c), &[1]);
+        guest.fake.put_u64(two.offset(0xb0), one.0);
+        guest.fake.put_u64(two.offset(0xb8), 0x1234);
+        // Queued although it sleeps: its dequeue is delayed.
+        guest.fake.put(two.offset(0x50), &[1]);
+        guest.fake.put(two.offset(0x69), &[1, 1]);
+        guest.fake.put_u64(two.offset(0xd0), 77);
+        guest.fake.put(two.offset(0x54), &[0, 0, 0x20, 0]);
+        guest.fake.put_u64(AREA.offset(RUNQUEUE), one.0);
+        guest.fake.put(one.offset(0x68), &[1]);
+        guest.fake.add_vcpu(|vcpu| vcpu.registers.gs_base = AREA.0);
+        let survey = guest.survey().unwrap();
+        assert_eq!(survey.disagreements, [""; 0]);
+        assert_eq!(
+            survey.counts,
+            Counts {
+                listed: 2,
+                counted: Some(2),
+                by_pid: Some(2)
+            }
+        );
+        let [idle, one, two] = &survey.tasks[..] else {
+            panic!("{:?}", survey.tasks);
+        };
+        assert_eq!((idle.kind, idle.pid, idle.vcpu), (TaskKind::Idle, 0, None));
+        assert_eq!((one.kind, one.vcpu), (TaskKind::User, Some(0)));
+        assert_eq!(one.scheduling, Scheduling::OnCpu);
+        assert_eq!((two.kind, two.ppid), (TaskKind::Kernel, 1));
+        assert_eq!(two.state, TaskState::Sleeping);
+        assert_eq!((two.scheduling, two.nvcsw), (Scheduling::Delayed, 77));
+    }
+
+    #[test]
+    fn a_disagreement_is_told() {
+        let (mut guest, one, _) = two_tasks();
+        let stray = guest.loose(9, "stray");
+        let pids = [guest.pid_of(one), guest.pid_of(stray)];
+        let leaf = guest.node(0, &pids);
+        guest.root(leaf);
+        guest.count(1);
+        let survey = guest.survey().unwrap();
+        assert_eq!(
+            survey.disagreements,
+            [
+                "the kernel counts 3 threads, and 2 are on its lists".to_owned(),
+                "worker (pid 2) is on the task list and has no process id".to_owned(),
+                format!("the task at {stray} has a process id and is on no list"),
+            ]
+        );
+        assert_eq!(survey.tasks.len(), 3);
+        // What decides about freeing memory does not work with such a list.
+        assert!(guest.tasks().is_err());
+    }
+
+    #[test]
+    fn tables_that_cannot_be_are_errors() {
+        let (mut guest, _, _) = two_tasks();
+        // A node below itself.
+        let node = guest.node(6, &[0]);
+        guest.fake.put_u64(Gva(node - 2).offset(8), node);
+        guest.root(node);
+        assert!(matches!(guest.survey(), Err(TaskError::Circle { .. })));
+        // One that grows downwards.
+        let inner = guest.node(12, &[0]);
+        let outer = guest.node(6, &[inner]);
+        guest.root(outer);
+        assert!(matches!(guest.survey(), Err(TaskError::Circle { .. })));
+        for wild in [0x4141_4141_4141_4142, u64::MAX - 1] {
+            guest.root(wild);
+            assert!(matches!(guest.survey(), Err(TaskError::Unreadable { .. })));
+        }
+        let leaf = guest.node(0, &[0x4141_4141_4141_4140]);
+        guest.root(leaf);
+        assert!(matches!(guest.survey(), Err(TaskError::Unreadable { .. })));
+    }
+}

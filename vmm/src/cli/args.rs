@@ -78,15 +78,24 @@ pub enum ClientCommand {
     Inspect(InspectArgs),
     /// Say which kernel the guest runs and where it is
     Kernel,
-    /// Look up symbols of the guest kernel
-    #[command(hide = true)]
+    /// Look up symbols of the guest kernel and its modules
     Symbols {
-        /// Name, in which `*` and `?` match anything
+        /// Name, in which `*` and `?` match anything, or an address
         pattern: String,
+        /// Only of this module; `vmlinux` is the kernel itself
+        #[arg(long, value_name = "NAME")]
+        module: Option<String>,
+        /// Show at most so many
+        #[arg(long, value_name = "N")]
+        limit: Option<usize>,
     },
     /// List the guest's tasks
-    #[command(hide = true)]
-    Tasks,
+    Tasks {
+        /// Only this process with its threads, or this thread
+        pid: Option<u32>,
+    },
+    /// List the modules of the guest kernel
+    Modules,
     /// Show the stacks of the guest's tasks
     #[command(hide = true)]
     Stacks {

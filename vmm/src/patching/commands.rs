@@ -57,6 +57,7 @@ struct TextRevert {
 
 /// Adds the commands.
 pub fn register(registry: &mut Registry, patching: &Patching) {
+    super::insight::register(registry, patching);
     super::inspect::register(registry, patching);
     let p = patching.clone();
     registry.slow("query-kernel", move |context, query: Query| {

@@ -6,6 +6,7 @@
 
 mod commands;
 mod error;
+mod insight;
 mod inspect;
 mod session;
 mod vmcoreinfo;

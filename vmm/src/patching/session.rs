@@ -102,6 +102,16 @@ pub struct WithStop<R> {
     stop: StopReport,
 }
 
+impl<R> WithStop<R> {
+    /// The same with another answer.
+    pub fn map<S>(self, change: impl FnOnce(R) -> S) -> WithStop<S> {
+        WithStop {
+            answer: change(self.answer),
+            stop: self.stop,
+        }
+    }
+}
+
 impl Patching {
     /// Nothing is opened yet.
     #[must_use]

@@ -7,11 +7,14 @@ use super::list::{Check, Record, text, unreadable};
 use super::{Module, ModuleState, ModulesError, SymbolTable};
 use crate::guest::Gva;
 use crate::space::Space;
+use crate::symbols::LoadedModule;
 
 /// Most symbols of one module that are read; the largest modules of Debian have 30,000.
 const MAX_SYMBOLS: u64 = 1 << 20;
 /// Most bytes of names of one module.
 const MAX_STRINGS: u64 = 64 << 20;
+/// Most bytes of the symbols of all modules.
+const MAX_RESIDENT: usize = 256 << 20;
 /// KSYM_NAME_LEN of 6.1 and later; the kernel cuts longer names off.
 const MAX_NAME: usize = 512;
 /// Most exported symbols of one module.
@@ -42,6 +45,38 @@ pub struct ModuleSymbol<'a> {
 }
 
 impl ModulesLayout {
+    /// Reads the symbols of those modules that are `wanted`; the others get none.
+    ///
+    /// # Errors
+    /// As [`ModulesLayout::symbols`].
+    pub fn with_symbols(
+        &self,
+        space: &Space<'_>,
+        modules: Vec<Module>,
+        wanted: &dyn Fn(&Module) -> bool,
+    ) -> Result<Vec<LoadedModule>, ModulesError> {
+        let mut resident = 0;
+        let mut read = |module: Module| {
+            let symbols = if wanted(&module) {
+                self.symbols(space, &module)?
+            } else {
+                ModuleSymbols::new(Vec::new(), Vec::new())
+            };
+            resident += symbols.resident();
+            if resident > MAX_RESIDENT {
+                let check = Check {
+                    module: &module.name,
+                };
+                return Err(check.wrong(
+                    "symbols' size together with those before it",
+                    resident as u64,
+                ));
+            }
+            Ok(LoadedModule { module, symbols })
+        };
+        modules.into_iter().map(&mut read).collect()
+    }
+
     /// Reads a module's symbols. Those without a name are left out, as the kernel does; a type is
     /// upper-case when everybody may use the symbol.
     ///
@@ -85,6 +120,9 @@ impl ModulesLayout {
             let open = exports
                 .get(&value)
                 .is_some_and(|all| all.iter().any(|exported| exported.as_bytes() == name));
+            if names.len() as u64 > MAX_STRINGS {
+                return Err(check.wrong("length of symbol names", names.len() as u64));
+            }
             let start = narrow(names.len());
             names.extend_from_slice(name);
             entries.push(Entry {
@@ -210,6 +248,14 @@ impl ModuleSymbols {
         }
     }
 
+    /// Bytes of memory that they take.
+    #[must_use]
+    pub fn resident(&self) -> usize {
+        self.names.capacity()
+            + self.entries.capacity() * size_of::<Entry>()
+            + self.by_address.capacity() * 4
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -265,7 +311,7 @@ impl ModuleSymbols {
 }
 
 impl<'a> ModuleSymbol<'a> {
-    fn raw_name(&self) -> &'a [u8] {
+    pub(in super::super) fn raw_name(&self) -> &'a [u8] {
         let name = self.entry.name.start as usize..self.entry.name.end as usize;
         self.symbols.names.get(name).unwrap_or_default()
     }

@@ -3,13 +3,16 @@
 //! [`anything`] shows whatever a command returns: an object as a list of its members, an array of
 //! objects as a table. Members whose name ends in `-us` are times.
 
+mod insight;
 mod inspect;
 mod patching;
+mod table;
 
 use std::fmt::Write;
 
 use serde_json::{Map, Value};
 
+pub(super) use insight::{modules, symbols, tasks};
 pub(super) use inspect::{inspected_dump, inspected_kernel, inspected_text};
 pub(super) use patching::{changed, kernel, list as text_list, reverted};
 
