@@ -422,3 +422,19 @@ fn unwind_tables_are_of_the_format_that_their_hash_says() {
         StackLayout::of(&kernel).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
 }
+
+#[test]
+fn every_cold_part_belongs_to_a_function() {
+    // GCC 12 splits them off in 6.1 and not in 6.12, as Debian configures the two.
+    for (name, least) in [("6.1", 2000), ("6.12", 0)] {
+        let symbols = Symbols::of(&kernel(name)).expect("symbols");
+        let parts: Vec<_> = symbols.matching("*.cold").collect();
+        assert!(parts.len() >= least, "{name}: {}", parts.len());
+        for part in parts {
+            let (part_name, at) = (part.name(), part.address().expect("an address"));
+            let mut wholes = symbols.whole_of(&part_name);
+            let covers = |whole| symbols.parts(whole).is_some_and(|parts| parts.contains(at));
+            assert!(wholes.any(covers), "{name}: {part_name}");
+        }
+    }
+}

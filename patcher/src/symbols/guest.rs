@@ -263,3 +263,129 @@ fn module_place(loaded: &LoadedModule, at: Gva) -> Option<PlaceInfo> {
         offset,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::format::Region;
+    use super::super::{Layout, MemoryKind, ModuleMemory, ModuleState, OffsetForm};
+    use super::*;
+    use crate::synthetic::{Kallsyms, RODATA, TEXT};
+
+    const MODULE: Gva = Gva(0xffff_ffff_c000_0000);
+    const SLIDE: Slide = Slide(0x1000_0000);
+
+    fn kernel() -> Symbols {
+        let bytes = Kallsyms::example(Layout::B, OffsetForm::PerCpu, 700).write(RODATA);
+        Symbols::read(&Region {
+            base: RODATA,
+            bytes: &bytes,
+        })
+        .unwrap()
+    }
+
+    fn loaded() -> Loaded {
+        let rows = [
+            ("f", b't', 0x10, 0x20),
+            ("twin", b'T', 0x40, 0),
+            ("twin", b't', 0x60, 0),
+        ];
+        let module = Module {
+            address: Gva(0),
+            name: "mod".into(),
+            state: ModuleState::Live,
+            memory: vec![ModuleMemory {
+                kind: MemoryKind::Text,
+                base: MODULE,
+                size: 0x80,
+            }],
+            users: 0,
+            taints: 0,
+            source_version: None,
+            symbols: None,
+            exports: None,
+            orc: None,
+        };
+        let rows = rows.map(|(name, kind, at, size)| (name, kind, MODULE.0 + at, size));
+        Loaded {
+            slide: SLIDE,
+            modules: vec![LoadedModule {
+                module,
+                symbols: ModuleSymbols::of(&rows),
+            }],
+        }
+    }
+
+    #[test]
+    fn patterns_find_both_and_are_told_in_pages() {
+        let (kernel, loaded) = (kernel(), loaded());
+        let symbols = GuestSymbols::new(&kernel, &loaded);
+        let ask = |pattern, module, skip, limit| {
+            let query = SymbolQuery {
+                pattern,
+                module,
+                skip,
+                limit,
+            };
+            let (found, more) = symbols.matching(&query);
+            let names: Vec<_> = found.iter().map(|symbol| symbol.name.clone()).collect();
+            (names, more)
+        };
+        let all = kernel.len() + 3;
+        assert_eq!(
+            ask("*", None, 0, 2),
+            (vec!["__per_cpu_start".into(), "cpu_number".into()], all - 2)
+        );
+        assert_eq!(ask("*", None, all - 1, 9), (vec!["twin".into()], 0));
+        assert_eq!(ask("*", None, all + 7, 9), (vec![], 0));
+        assert_eq!(ask("twin", Some("mod"), 0, 1), (vec!["twin".into()], 1));
+        assert_eq!(ask("twin", Some("vmlinux"), 0, 1).0.len(), 0);
+        let (found, _) = symbols.matching(&SymbolQuery {
+            pattern: "cpu_number",
+            module: None,
+            skip: 0,
+            limit: 1,
+        });
+        // A per-CPU variable is not moved.
+        assert_eq!(found[0].address, Gva(0x1000));
+    }
+
+    #[test]
+    fn places_are_told_as_the_kernel_prints_them() {
+        let (kernel, loaded) = (kernel(), loaded());
+        let symbols = GuestSymbols::new(&kernel, &loaded);
+        let at = |at| symbols.at(at).map(|place| place.to_string());
+        let inside = MODULE.offset(0x31);
+        assert_eq!(at(inside).as_deref(), Some("f+0x21/0x30 [mod]"));
+        assert_eq!(
+            at(MODULE.offset(0x7f)).as_deref(),
+            Some("twin+0x1f/0x20 [mod]")
+        );
+        // In front of its first symbol, and behind it.
+        assert_eq!(at(MODULE.offset(0x8)), None);
+        assert_eq!(at(MODULE.offset(0x80)), None);
+        let function = at(TEXT.offset(0x152).at(SLIDE));
+        assert_eq!(function.as_deref(), Some("function_1+0x2/0x30"));
+        assert_eq!(at(Gva(TEXT.0)), None);
+    }
+
+    #[test]
+    fn sites_in_modules_are_found() {
+        let (kernel, loaded) = (kernel(), loaded());
+        let symbols = GuestSymbols::new(&kernel, &loaded);
+        let resolve = |text: &str| symbols.resolve(&text.parse().unwrap());
+        assert_eq!(resolve("mod:f+0x2f"), Ok(MODULE.offset(0x3f)));
+        assert_eq!(resolve("mod:twin@2"), Ok(MODULE.offset(0x60)));
+        assert_eq!(resolve("_text"), Ok(TEXT.at(SLIDE)));
+        assert_eq!(resolve("0x1234+0x1"), Ok(Gva(0x1235)));
+        for (text, refused) in [
+            ("mod:f+0x30", "OutsideSymbol"),
+            ("mod:twin", "Ambiguous"),
+            ("mod:twin@3", "NoSuchPosition"),
+            ("mod:g", "Unknown"),
+            ("other:f", "NoModule"),
+        ] {
+            let error = format!("{:?}", resolve(text).unwrap_err());
+            assert!(error.starts_with(refused), "{text}: {error}");
+        }
+    }
+}

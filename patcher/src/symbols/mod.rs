@@ -18,6 +18,7 @@ mod guest;
 mod modules;
 mod names;
 mod near;
+mod parts;
 mod site;
 
 use std::ops::Range;
@@ -29,6 +30,7 @@ pub use modules::{
     Array, MemoryKind, Module, ModuleMemory, ModuleState, ModuleSymbol, ModuleSymbols,
     ModulesError, ModulesLayout, OrcTables, SymbolTable,
 };
+pub use parts::FunctionParts;
 pub use site::Site;
 
 use crate::guest::LinkAddr;

@@ -248,6 +248,24 @@ impl ModuleSymbols {
         }
     }
 
+    /// Symbols to order: name, type, address and size.
+    #[cfg(test)]
+    pub(in super::super) fn of(rows: &[(&str, u8, u64, u64)]) -> Self {
+        let mut names = Vec::new();
+        let mut entries = Vec::new();
+        for &(name, kind, value, size) in rows {
+            let start = narrow(names.len());
+            names.extend_from_slice(name.as_bytes());
+            entries.push(Entry {
+                name: start..narrow(names.len()),
+                kind,
+                value,
+                size,
+            });
+        }
+        Self::new(names, entries)
+    }
+
     /// Bytes of memory that they take.
     #[must_use]
     pub fn resident(&self) -> usize {
