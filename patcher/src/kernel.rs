@@ -7,6 +7,7 @@
 //! like), so that they can be had from nowhere else.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::guest::LinkAddr;
 use crate::image::{Banner, BuildId, Image, ImageError, Section};
@@ -36,7 +37,7 @@ pub enum KernelError {
 pub struct Kernel {
     image: Image,
     symbols: Symbols,
-    types: Types,
+    types: Arc<Types>,
     banner: Banner,
     orc: Result<OrcTable, OrcError>,
 }
@@ -82,7 +83,7 @@ impl Kernel {
     pub fn open(file: Vec<u8>) -> Result<Self, KernelError> {
         let mut image = Image::open(file)?;
         let symbols = Symbols::of(&image)?;
-        let types = Types::parse(type_data(&image, &symbols)?)?;
+        let types = Arc::new(Types::parse(type_data(&image, &symbols)?)?);
         let named = symbols.address("linux_banner").ok();
         let banner = named
             .and_then(|address| image.banner_at(address))
@@ -131,6 +132,12 @@ impl Kernel {
     #[must_use]
     pub fn types(&self) -> &Types {
         &self.types
+    }
+
+    /// The types, to be shared with those of modules ([`Types::parse_split`]).
+    #[must_use]
+    pub fn shared_types(&self) -> Arc<Types> {
+        self.types.clone()
     }
 
     /// The version string and where it is: by this a guest is checked.

@@ -438,3 +438,29 @@ fn every_cold_part_belongs_to_a_function() {
         }
     }
 }
+
+#[test]
+fn types_of_a_module_go_on_from_those_of_its_kernel() {
+    use object::{Object, ObjectSection};
+    let kernel = Kernel::open(read_kernel("6.1", "vmlinuz")).expect("a kernel");
+    // Not compressed in this one.
+    let file = read_kernel("6.1", "modules/kernel/net/netfilter/nf_conntrack.ko");
+    let file = object::File::parse(&file[..]).expect("an ELF file");
+    let section = file.section_by_name(".BTF").expect("types");
+    let data = section.data().expect("their bytes");
+    let types = Types::parse_split(data, kernel.shared_types()).expect("split types");
+    assert!(types.len() > 100 && types.len() < kernel.types().len() / 10);
+    // Its own; one that it extends from the kernel's; and one of the kernel's.
+    let own = types.field("nf_conntrack_net", "users4").expect("a member");
+    assert_eq!(own.size, 4);
+    assert!(kernel.types().size_of("nf_conntrack_net").is_err());
+    assert_eq!(
+        types.field("task_struct", "comm"),
+        kernel.types().field("task_struct", "comm")
+    );
+    assert!(Types::parse_split(data, std::sync::Arc::new(types)).is_err());
+    // On their own they mean nothing, and nothing panics.
+    if let Ok(alone) = Types::parse(data) {
+        assert!(alone.field("nf_conntrack_net", "users4").is_err());
+    }
+}

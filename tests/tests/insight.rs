@@ -247,8 +247,14 @@ fn shows_symbols(name: &str) -> TestResult {
     guest.sh(&load)?;
     let mut qmp = guest.control()?;
 
-    let ours = qmp.execute("query-modules", json!({}))?;
-    let ours: Vec<String> = list(&ours, "modules")?
+    let answer = qmp.execute("query-modules", json!({}))?;
+    for module in list(&answer, "modules")? {
+        let file = format!("/sys/kernel/btf/{}", text(module, "name"));
+        let size = guest.sh(&format!("stat -c %s {file} 2>/dev/null || echo none"))?;
+        let ours = module.pointer("/types/count").and_then(Value::as_u64);
+        assert_eq!(ours, size.trim().parse().ok(), "{module}");
+    }
+    let ours: Vec<String> = list(&answer, "modules")?
         .iter()
         .map(|module| {
             let state = text(module, "state");

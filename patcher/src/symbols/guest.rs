@@ -304,6 +304,7 @@ mod tests {
             symbols: None,
             exports: None,
             orc: None,
+            types: None,
         };
         let rows = rows.map(|(name, kind, at, size)| (name, kind, MODULE.0 + at, size));
         Loaded {

@@ -11,10 +11,11 @@ impl Types {
     /// have it with different values.
     pub fn enumerator(&self, name: &str) -> Result<i64, TypeError> {
         let mut found = None;
-        for number in 1..=self.starts.len() {
+        let first = self.first();
+        for number in 0..self.starts.len() {
             let Ok(record) = u32::try_from(number)
                 .map_err(drop)
-                .and_then(|id| self.record(id).map_err(drop))
+                .and_then(|number| self.record(first.saturating_add(number)).map_err(drop))
             else {
                 continue;
             };
@@ -34,6 +35,10 @@ impl Types {
                 found = Some(value);
             }
         }
-        found.ok_or_else(|| no_member("enumerations", name))
+        match (&self.base, found) {
+            (_, Some(found)) => Ok(found),
+            (Some(base), None) => base.enumerator(name),
+            (None, None) => Err(no_member("enumerations", name)),
+        }
     }
 }

@@ -15,6 +15,8 @@ mod path;
 
 pub use error::TypeError;
 
+use std::sync::Arc;
+
 use crate::hash::hash;
 use format::{Kind, Record};
 use path::Step;
@@ -40,6 +42,8 @@ pub struct Types {
     starts: Vec<u32>,
     /// (hash of the name, type) of every named structure, union, typedef and enumeration, sorted.
     by_name: Vec<(u32, u32)>,
+    /// The kernel's types, for those of a module: numbers and strings go on behind theirs.
+    base: Option<Arc<Types>>,
 }
 
 /// Where a member is.
@@ -99,6 +103,25 @@ impl Types {
     /// # Errors
     /// [`TypeError`] when it is not BTF version 1, is cut off, or has a type of unknown kind.
     pub fn parse(bytes: &[u8]) -> Result<Self, TypeError> {
+        Self::parse_on(bytes, None)
+    }
+
+    /// Reads the types of a module, which are split from those of its kernel. What is looked up and
+    /// not found in the module is looked up in the kernel.
+    ///
+    /// # Errors
+    /// As [`Types::parse`].
+    pub fn parse_split(bytes: &[u8], kernel: Arc<Self>) -> Result<Self, TypeError> {
+        if kernel.base.is_some() {
+            return Err(TypeError::Malformed {
+                id: 0,
+                what: "a module's types are on top of those of another module",
+            });
+        }
+        Self::parse_on(bytes, Some(kernel))
+    }
+
+    fn parse_on(bytes: &[u8], base: Option<Arc<Self>>) -> Result<Self, TypeError> {
         if bytes.len() > MAX_LEN {
             return Err(TypeError::Malformed {
                 id: 0,
@@ -116,8 +139,9 @@ impl Types {
             layout: layout.to_vec(),
             starts: Vec::new(),
             by_name: Vec::new(),
+            base,
         };
-        let (mut at, mut id) = (0, 1);
+        let (mut at, mut id) = (0, types.first());
         while at < records.len() {
             let (record, next) = Record::read(records, layout, id, at)?;
             types.starts.push(u32::try_from(at).unwrap_or(u32::MAX));
@@ -137,7 +161,13 @@ impl Types {
         Ok(types)
     }
 
-    /// How many types there are.
+    /// The number of the first type of its own.
+    fn first(&self) -> u32 {
+        let below = self.base.as_ref().map_or(0, |base| base.len());
+        u32::try_from(below).unwrap_or(u32::MAX - 1) + 1
+    }
+
+    /// How many types there are, those of the kernel below a module's not counted.
     #[must_use]
     pub fn len(&self) -> usize {
         self.starts.len()
@@ -236,7 +266,11 @@ impl Types {
                 _ => {}
             }
         }
-        if tagged.is_empty() { typedefs } else { tagged }
+        match &self.base {
+            Some(base) if tagged.is_empty() && typedefs.is_empty() => base.named(name),
+            _ if tagged.is_empty() => typedefs,
+            _ => tagged,
+        }
     }
 
     fn walk(
@@ -424,9 +458,11 @@ impl Types {
     }
 
     fn record(&self, id: u32) -> Result<Record<'_>, TypeError> {
-        let index = id
-            .checked_sub(1)
-            .and_then(|index| usize::try_from(index).ok());
+        let own = id.checked_sub(self.first());
+        if let (None, Some(base)) = (own, &self.base) {
+            return base.record(id);
+        }
+        let index = own.and_then(|index| usize::try_from(index).ok());
         let at = index.and_then(|index| self.starts.get(index));
         let at = at.ok_or(TypeError::Malformed {
             id,
@@ -438,7 +474,15 @@ impl Types {
 
     /// The string at `offset`, empty when there is none.
     fn string(&self, offset: u32) -> &[u8] {
-        let at = self.strings.saturating_add(offset as usize);
+        let mut offset = offset as usize;
+        if let Some(base) = &self.base {
+            let below = base.bytes.len().saturating_sub(base.strings);
+            match offset.checked_sub(below) {
+                Some(own) => offset = own,
+                None => return base.string(u32::try_from(offset).unwrap_or(0)),
+            }
+        }
+        let at = self.strings.saturating_add(offset);
         let rest = self.bytes.get(at..).unwrap_or_default();
         memchr::memchr(0, rest)
             .and_then(|len| rest.get(..len))

@@ -26,6 +26,20 @@ pub struct ModulesLayout {
     pub(super) orc: Option<OrcFields>,
     pub(super) kallsyms: Option<KallsymsFields>,
     pub(super) exports: Option<ExportFields>,
+    pub(super) types: Option<TypesFields>,
+}
+
+/// `btf_modules`: which modules have types of their own, and where.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TypesFields {
+    pub(super) head: LinkAddr,
+    /// Members of `btf_module`.
+    pub(super) list: u64,
+    pub(super) module: u64,
+    pub(super) btf: u64,
+    /// Members of `btf`.
+    pub(super) data: u64,
+    pub(super) size: Field,
 }
 
 /// Values of `enum module_state`.
@@ -123,6 +137,7 @@ impl ModulesLayout {
             orc: orc(types),
             kallsyms: kallsyms(types),
             exports: exports(types),
+            types: type_lists(kernel),
         }))
     }
 }
@@ -234,5 +249,17 @@ fn exports(types: &Types) -> Option<ExportFields> {
         len: length(types.size_of("kernel_symbol").ok()?),
         value: symbol("value_offset")?,
         name: symbol("name_offset")?,
+    })
+}
+
+fn type_lists(kernel: &Kernel) -> Option<TypesFields> {
+    let field = |holder, path| kernel.types().field(holder, path).ok();
+    Some(TypesFields {
+        head: optional(kernel.symbols(), "btf_modules")?,
+        list: field("btf_module", "list")?.offset,
+        module: field("btf_module", "module")?.offset,
+        btf: field("btf_module", "btf")?.offset,
+        data: field("struct btf", "data")?.offset,
+        size: field("struct btf", "data_size")?,
     })
 }

@@ -1,6 +1,6 @@
 //! Walks a guest's list of modules.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::layout::{ModulesLayout, Part};
 use super::{Array, Module, ModuleMemory, ModuleState, ModulesError, OrcTables, SymbolTable};
@@ -30,7 +30,12 @@ impl ModulesLayout {
         located: &Located,
     ) -> Result<Vec<Module>, ModulesError> {
         let addresses = self.addresses(space, located)?;
-        let read = |&address: &Gva| self.module(space, address);
+        let types = self.types(space, located)?;
+        let read = |&address: &Gva| {
+            let module = self.module(space, address)?;
+            let types = types.get(&address).copied();
+            Ok(Module { types, ..module })
+        };
         addresses.iter().map(read).collect()
     }
 
@@ -58,25 +63,93 @@ impl ModulesLayout {
 
     /// The `struct module` of every module.
     fn addresses(&self, space: &Space<'_>, located: &Located) -> Result<Vec<Gva>, ModulesError> {
+        let head = self.head.at(located.slide);
+        self.entries(space, "list of modules", head, self.list)
+    }
+
+    /// The structures on a list, `member` bytes before their entries.
+    fn entries(
+        &self,
+        space: &Space<'_>,
+        what: &'static str,
+        head: Gva,
+        member: u64,
+    ) -> Result<Vec<Gva>, ModulesError> {
         let next = |entry: Gva| {
             let next = space.read_pointer(entry.offset(self.next));
-            next.map_err(unreadable("list of modules"))
+            next.map_err(unreadable(what))
         };
-        let head = self.head.at(located.slide);
         let mut found = Vec::new();
         let mut seen = HashSet::new();
         let mut at = next(head)?;
         while at != head {
             if !seen.insert(at) {
-                return Err(ModulesError::Circle { at });
+                return Err(ModulesError::Circle { what, at });
             }
             if found.len() == MAX_MODULES {
-                return Err(ModulesError::Endless { limit: MAX_MODULES });
+                return Err(ModulesError::Endless {
+                    what,
+                    limit: MAX_MODULES,
+                });
             }
-            found.push(Gva(at.0.wrapping_sub(self.list)));
+            found.push(Gva(at.0.wrapping_sub(member)));
             at = next(at)?;
         }
         Ok(found)
+    }
+
+    /// Where the types are that modules have beside those of the kernel, by `struct module`.
+    fn types(
+        &self,
+        space: &Space<'_>,
+        located: &Located,
+    ) -> Result<HashMap<Gva, Array>, ModulesError> {
+        const WHAT: &str = "list of modules' types";
+        let mut found = HashMap::new();
+        let Some(fields) = self.types else {
+            return Ok(found);
+        };
+        let head = fields.head.at(located.slide);
+        for entry in self.entries(space, WHAT, head, fields.list)? {
+            let pointer = |at: Gva| space.read_pointer(at).map_err(unreadable(WHAT));
+            let module = pointer(entry.offset(fields.module))?;
+            let btf = pointer(entry.offset(fields.btf))?;
+            if btf.0 == 0 {
+                continue;
+            }
+            let size = btf.offset(fields.size.offset);
+            let size = space.read_sized(size, fields.size.size);
+            let array = Array {
+                at: pointer(btf.offset(fields.data))?,
+                count: size.map_err(unreadable(WHAT))?,
+            };
+            found.insert(module, array);
+        }
+        Ok(found)
+    }
+
+    /// The types that a module has beside those of the kernel, as BTF that is split from the
+    /// kernel's (`Types::parse_split`); `None` when it has none.
+    ///
+    /// # Errors
+    /// [`ModulesError`]: they cannot be read, or are larger than any module's.
+    pub fn type_data(
+        &self,
+        space: &Space<'_>,
+        module: &Module,
+    ) -> Result<Option<Vec<u8>>, ModulesError> {
+        let Some(types) = module.types else {
+            return Ok(None);
+        };
+        let check = Check {
+            module: &module.name,
+        };
+        let size = check.entries("size of types", types.count)?;
+        let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
+        space
+            .read(types.at, &mut bytes)
+            .map_err(unreadable("module's types"))?;
+        Ok(Some(bytes))
     }
 
     fn module(&self, space: &Space<'_>, address: Gva) -> Result<Module, ModulesError> {
@@ -126,6 +199,7 @@ impl ModulesLayout {
             symbols,
             exports: exports.transpose()?.filter(|array| array.count > 0),
             orc: orc.transpose()?.filter(|tables| tables.count > 0),
+            types: None,
             name,
         })
     }

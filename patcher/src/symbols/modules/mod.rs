@@ -32,14 +32,18 @@ pub enum ModulesError {
         source: SpaceError,
     },
     /// The list came back to an entry that it had been at.
-    #[error("the guest's list of modules runs in a circle through {at}; it is not believed")]
+    #[error("the guest's {what} runs in a circle through {at}; it is not believed")]
     Circle {
+        /// The list.
+        what: &'static str,
         /// The entry seen twice.
         at: Gva,
     },
     /// The list has more entries than any kernel has modules.
-    #[error("the guest's list of modules has more than {limit} entries; it is not believed")]
+    #[error("the guest's {what} has more than {limit} entries; it is not believed")]
     Endless {
+        /// The list.
+        what: &'static str,
         /// The bound that was hit.
         limit: usize,
     },
@@ -183,6 +187,8 @@ pub struct Module {
     pub exports: Option<Array>,
     /// Its unwinding tables.
     pub orc: Option<OrcTables>,
+    /// Its types beside those of the kernel (split BTF), where it has any: `count` bytes.
+    pub types: Option<Array>,
 }
 
 impl Module {

@@ -1,4 +1,6 @@
-use super::layout::{ExportFields, KallsymsFields, OrcFields, Part, States, SymbolFields};
+use super::layout::{
+    ExportFields, KallsymsFields, OrcFields, Part, States, SymbolFields, TypesFields,
+};
 use super::*;
 use crate::guest::fake::FakeGuest;
 use crate::guest::{Gpa, LinkAddr, Slide};
@@ -7,6 +9,7 @@ use crate::types::Field;
 
 const SLIDE: Slide = Slide(0x20_0000);
 const HEAD: LinkAddr = LinkAddr(0xffff_ffff_8200_0000);
+const TYPES: LinkAddr = LinkAddr(0xffff_ffff_8200_0100);
 const HEAP: Gva = Gva(0xffff_ffff_c000_0000);
 const HEAP_SIZE: u64 = 0x2_0000;
 /// `sizeof(struct module)` here.
@@ -79,6 +82,14 @@ fn layout() -> ModulesLayout {
             value: field(0, 4),
             name: field(4, 4),
         }),
+        types: Some(TypesFields {
+            head: TYPES,
+            list: 8,
+            module: 0,
+            btf: 0x18,
+            data: 0,
+            size: field(8, 4),
+        }),
     }
 }
 
@@ -100,6 +111,8 @@ impl Guest {
         fake.map(HEAP, HEAP_SIZE, 0);
         let head = HEAD.at(SLIDE);
         fake.put_u64(head, head.0);
+        let types = TYPES.at(SLIDE);
+        fake.put_u64(types, types.0);
         let located = Located {
             slide: SLIDE,
             root: fake.root(),
@@ -230,6 +243,7 @@ fn modules_are_told_with_their_memory() {
                 entries: Gva(0x2000),
                 count: 7
             }),
+            types: None,
         }
     );
     assert_eq!(modules[1].size(), 0x300);
@@ -379,4 +393,33 @@ fn symbol_tables_that_cannot_be_are_errors() {
         guest.symbols(),
         Err(ModulesError::Unreadable { .. })
     ));
+}
+
+#[test]
+fn types_of_modules_are_found() {
+    let mut guest = Guest::new();
+    guest.module("one");
+    let two = guest.module("two");
+    let (entry, btf, data) = (guest.alloc(0x20), guest.alloc(0x10), guest.alloc(0x10));
+    let head = TYPES.at(SLIDE);
+    guest.fake.put_u64(head, entry.offset(8).0);
+    guest.fake.put_u64(entry.offset(8), head.0);
+    guest.fake.put_u64(entry, two.0);
+    guest.fake.put_u64(entry.offset(0x18), btf.0);
+    guest.fake.put_u64(btf, data.0);
+    guest.put_u32(btf.offset(8), 5);
+    guest.fake.put(data, b"types");
+    let read = |guest: &Guest, index: usize| {
+        let space = guest.located.space(&guest.fake.image);
+        guest.layout.type_data(&space, &guest.modules()?[index])
+    };
+    assert_eq!(read(&guest, 0), Ok(None));
+    assert_eq!(read(&guest, 1), Ok(Some(b"types".to_vec())));
+    guest.put_u32(btf.offset(8), u32::MAX);
+    assert!(matches!(
+        read(&guest, 1),
+        Err(ModulesError::Unbelievable { .. })
+    ));
+    guest.fake.put_u64(entry.offset(8), entry.offset(8).0);
+    assert!(matches!(guest.modules(), Err(ModulesError::Circle { .. })));
 }
