@@ -44,13 +44,17 @@ fn people_read_words_and_programs_read_json() {
     assert_eq!(run(&["pause"]), "was paused already\n");
     assert_eq!(run(&["status"]), "paused\n");
     assert_eq!(run(&["resume"]), "running again after 4.321 ms\n");
-    assert_eq!(run(&["cpus"]), "VCPU  THREAD\n0     4242\n1     4242\n");
+    assert_eq!(
+        run(&["cpus"]),
+        "VCPU  THREAD  STATE    MODE    AT             TASK\n\
+         0     4242    running  kernel  func+0x1/0x20  sh (pid 7)\n"
+    );
     assert_eq!(run(&["powerdown"]), "power button pressed\n");
     let json = |words: &[&str]| -> Value { serde_json::from_str(&run(words)).unwrap() };
     assert_eq!(json(&["status", "--json"])["status"], "running");
     assert_eq!(json(&["--json", "pause"]), json!({"to-stopped-us": 77}));
     assert_eq!(json(&["resume", "--json"]), json!({"stalled-us": 4321}));
-    assert_eq!(json(&["cpus", "--json"])[1]["cpu-index"], 1);
+    assert_eq!(json(&["cpus", "--json"])[0]["cpu-index"], 0);
 }
 
 #[test]

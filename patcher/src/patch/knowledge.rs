@@ -8,6 +8,7 @@ use crate::arena::ArenaLayout;
 use crate::guest::LinkAddr;
 use crate::patch::code::ReturnSites;
 use crate::space::{Landmarks, LayoutError, Located, Space};
+use crate::stack::StackLayout;
 use crate::symbols::ModulesLayout;
 use crate::tasks::{SurveyLayout, TaskLayout};
 use crate::text::{BusyLayout, FtraceLayout, KprobesLayout, Regions, Rewritten};
@@ -24,6 +25,8 @@ pub(super) struct Knowledge {
     pub(super) tasks: TaskLayout,
     /// What is only shown: without it, the kernel can be patched all the same.
     pub(super) survey: Result<SurveyLayout, LayoutError>,
+    /// For showing stacks: without it, the kernel can be patched all the same.
+    pub(super) stack: Result<StackLayout, LayoutError>,
     /// `None` for a kernel that has no modules.
     pub(super) modules: Option<ModulesLayout>,
     pub(super) regions: Regions,
@@ -43,6 +46,7 @@ impl Knowledge {
             landmarks: Landmarks::of(&kernel)?,
             tasks: TaskLayout::of(&kernel)?,
             survey: SurveyLayout::of(&kernel),
+            stack: StackLayout::of(&kernel),
             modules: ModulesLayout::of(&kernel)?,
             busy: BusyLayout::of(&kernel)?,
             rewritten: Rewritten::of(&kernel)?,

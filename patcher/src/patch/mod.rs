@@ -17,6 +17,7 @@ mod placing;
 mod redirect;
 mod report;
 mod retire;
+mod stacks;
 mod text_patch;
 mod writing;
 

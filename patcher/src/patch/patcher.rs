@@ -33,7 +33,7 @@ use crate::text::{NOP5, whole};
 /// next call begins anew.
 #[derive(Debug)]
 pub struct Patcher {
-    know: Knowledge,
+    pub(super) know: Knowledge,
     /// Where the kernel was found last.
     found: Option<Arc<Located>>,
     ledger: Ledger,
@@ -370,7 +370,10 @@ impl Patcher {
     }
 
     /// Finds the kernel, and notices when it is not the one that was changed.
-    fn identify(&mut self, guest: &mut dyn StoppedGuest) -> Result<Arc<Located>, PatchError> {
+    pub(super) fn identify(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+    ) -> Result<Arc<Located>, PatchError> {
         let located = Located::find(guest, &self.know.landmarks);
         let why = match (&self.found, located) {
             (Some(found), Ok(located)) if **found == located => {

@@ -8,6 +8,7 @@ use super::layout::{BpfLayout, StackLayout, TrampolineLayout};
 use super::orc::{OrcTable, Rule};
 use crate::guest::{Gva, LinkAddr};
 use crate::space::{Located, Space, SpaceError};
+use crate::symbols::{Module, ModuleSymbols, ModulesLayout};
 
 /// Trampolines of ftrace and programs of BPF that are looked at; what comes behind is unknown code.
 const MAX_LISTED: usize = 1 << 14;
@@ -15,21 +16,6 @@ const MAX_LISTED: usize = 1 << 14;
 const MAX_ENTRIES: u64 = 1 << 18;
 /// Longest name of a BPF program that is shown.
 const MAX_NAME: u64 = 64;
-
-/// The text of a loaded module, and its unwind tables in guest memory.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ModuleText {
-    /// Its name.
-    pub name: String,
-    /// Where its code is.
-    pub text: Vec<Range<Gva>>,
-    /// `mod.arch.orc_unwind_ip`.
-    pub orc_addresses: Gva,
-    /// `mod.arch.orc_unwind`.
-    pub orc_entries: Gva,
-    /// `mod.arch.num_orcs`.
-    pub orc_count: u64,
-}
 
 /// Code that is not the guest's own and that is known to keep frame pointers: in each of its
 /// functions, wherever it calls another one, BP points to the caller's BP and the return address.
@@ -64,9 +50,10 @@ struct Program {
     frame_pointer: Option<Range<u64>>,
 }
 
-struct Module {
-    text: ModuleText,
+struct Loaded {
+    module: Module,
     table: OnceCell<Option<OrcTable>>,
+    symbols: OnceCell<Option<ModuleSymbols>>,
 }
 
 /// All code of one stopped guest.
@@ -75,7 +62,8 @@ pub(super) struct Code<'a, 'm> {
     located: &'a Located,
     layout: &'a StackLayout,
     table: Option<&'a OrcTable>,
-    modules: Vec<Module>,
+    modules: Vec<Loaded>,
+    modules_layout: Option<&'a ModulesLayout>,
     ours: Vec<GeneratedCode>,
     generated: OnceCell<Generated>,
 }
@@ -100,16 +88,25 @@ impl<'a, 'm> Code<'a, 'm> {
             layout,
             table,
             modules: Vec::new(),
+            modules_layout: None,
             ours: Vec::new(),
             generated: OnceCell::new(),
         }
     }
 
-    pub(super) fn add_modules(&mut self, modules: impl IntoIterator<Item = ModuleText>) {
-        self.modules.extend(modules.into_iter().map(|text| Module {
-            text,
-            table: OnceCell::new(),
-        }));
+    /// `layout` is needed for the names of their functions only.
+    pub(super) fn add_modules(
+        &mut self,
+        layout: Option<&'a ModulesLayout>,
+        modules: impl IntoIterator<Item = Module>,
+    ) {
+        self.modules_layout = layout;
+        self.modules
+            .extend(modules.into_iter().map(|module| Loaded {
+                module,
+                table: OnceCell::new(),
+                symbols: OnceCell::new(),
+            }));
     }
 
     pub(super) fn add_ours(&mut self, ours: impl IntoIterator<Item = GeneratedCode>) {
@@ -174,26 +171,48 @@ impl<'a, 'm> Code<'a, 'm> {
         self.layout.text.contains(&at) || init.is_some_and(|text| text.contains(&at))
     }
 
-    fn module(&self, at: Gva) -> Option<&Module> {
-        self.modules
-            .iter()
-            .find(|module| module.text.text.iter().any(|text| text.contains(&at)))
+    fn module(&self, at: Gva) -> Option<&Loaded> {
+        let mut all = self.modules.iter();
+        all.find(|loaded| loaded.module.text().any(|text| text.contains(&at)))
     }
 
     /// The table of a module, read when the first frame needs it.
-    fn table_of<'s>(&self, module: &'s Module) -> Option<&'s OrcTable> {
+    fn table_of<'s>(&self, loaded: &'s Loaded) -> Option<&'s OrcTable> {
         let read = || {
-            let text = &module.text;
-            let count = usize::try_from(text.orc_count.min(MAX_ENTRIES)).ok()?;
+            let tables = loaded.module.orc?;
+            let count = usize::try_from(tables.count.min(MAX_ENTRIES)).ok()?;
             let (mut addresses, mut entries) = (vec![0; 4 * count], vec![0; 6 * count]);
-            self.space.read(text.orc_addresses, &mut addresses).ok()?;
-            self.space.read(text.orc_entries, &mut entries).ok()?;
+            self.space.read(tables.instructions, &mut addresses).ok()?;
+            self.space.read(tables.entries, &mut entries).ok()?;
             let format = self.table?.format();
-            let slots = text.orc_addresses.0;
+            let slots = tables.instructions.0;
             OrcTable::new(format, slots, &addresses, &entries).ok()
         };
-        let table = module.table.get_or_init(read).as_ref();
+        let table = loaded.table.get_or_init(read).as_ref();
         table.filter(|table| !table.is_empty())
+    }
+
+    /// Function, offset and size in a module, as the kernel prints them.
+    fn name_in(&self, loaded: &Loaded, at: Gva, back: u64) -> Option<String> {
+        let module = &loaded.module;
+        let part = module.text().find(|text| text.contains(&at))?;
+        let symbols = loaded
+            .symbols
+            .get_or_init(|| self.modules_layout?.symbols(self.space, module).ok());
+        let function = symbols.as_ref().and_then(|symbols| symbols.below(at));
+        let inside = function.filter(|(symbol, _)| symbol.address() >= part.start);
+        let Some((symbol, next)) = inside else {
+            let offset = at.distance_from(part.start) + back;
+            return Some(format!("[{}]+{offset:#x}", module.name));
+        };
+        let start = symbol.address();
+        let end = next.unwrap_or(part.end).min(part.end);
+        let (offset, size) = (at.distance_from(start) + back, end.distance_from(start));
+        Some(format!(
+            "{}+{offset:#x}/{size:#x} [{}]",
+            symbol.name(),
+            module.name
+        ))
     }
 
     /// A list that cannot be read to its end is used as far as it goes: code that is missing in it
@@ -274,27 +293,26 @@ impl<'a, 'm> Code<'a, 'm> {
         Ok(())
     }
 
-    /// What code that is not in the kernel's symbols is called: its name, and how far into it `at`
-    /// is.
-    pub(super) fn owner(&self, at: u64) -> Option<(String, u64)> {
-        if let Some(module) = self.module(Gva(at)) {
-            let text = &module.text;
-            let start = text.text.iter().find(|range| range.contains(&Gva(at)))?;
-            return Some((format!("[{}]", text.name), at - start.start.0));
+    /// What code that is not in the kernel's symbols is called, and how far into it `at` and `back`
+    /// bytes more are.
+    pub(super) fn name(&self, at: Gva, back: u64) -> Option<String> {
+        if let Some(loaded) = self.module(at) {
+            return self.name_in(loaded, at, back);
         }
-        if let Some(code) = self.ours.iter().find(|code| code.range.contains(&Gva(at))) {
-            return Some((
-                format!("{} [stillpoint]", code.name),
-                at - code.range.start.0,
-            ));
+        let told = |name: &str, start: u64| {
+            let offset = at.0.wrapping_sub(start).wrapping_add(back);
+            Some(format!("{name}+{offset:#x}"))
+        };
+        if let Some(code) = self.ours.iter().find(|code| code.range.contains(&at)) {
+            return told(&format!("[stillpoint {}]", code.name), code.range.start.0);
         }
         let generated = self.generated();
         let mut trampolines = generated.trampolines.iter();
-        if let Some(copy) = trampolines.find(|copy| copy.range.contains(&at)) {
-            return Some(("[ftrace trampoline]".to_owned(), at - copy.range.start));
+        if let Some(copy) = trampolines.find(|copy| copy.range.contains(&at.0)) {
+            return told("[ftrace trampoline]", copy.range.start);
         }
-        let program = program(generated, at)?;
-        Some((format!("{} [bpf]", program.name), at - program.range.start))
+        let program = program(generated, at.0)?;
+        told(&format!("[bpf {}]", program.name), program.range.start)
     }
 }
 

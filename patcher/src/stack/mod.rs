@@ -14,8 +14,10 @@
 mod areas;
 mod code;
 mod layout;
+mod names;
 mod orc;
 mod repair;
+mod report;
 mod trace;
 mod unwinder;
 mod walk;
@@ -23,8 +25,12 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
-pub use code::{GeneratedCode, ModuleText};
+pub use code::GeneratedCode;
 pub use layout::StackLayout;
 pub use orc::{OrcError, OrcFormat, OrcTable};
+pub use report::{
+    FrameReport, StacksReport, StacksRequest, TaskStack, TheTask, Unwound, VcpuReport, unwind,
+    vcpus,
+};
 pub use trace::{Doubt, End, Frame, FrameKind, Reliability, StackKind, Trace, Why};
 pub use unwinder::{OnVcpu, Unwinder};

@@ -208,6 +208,18 @@ impl Trace {
     }
 }
 
+impl Frame {
+    /// An address in the instruction that the frame is at, and how many bytes behind it
+    /// [`Frame::address`] is: a return address may be the first one of another function.
+    pub(super) const fn instruction(&self) -> (Gva, u64) {
+        let back = match self.kind {
+            FrameKind::Called | FrameKind::Switched => 1,
+            FrameKind::Running | FrameKind::Interrupted => 0,
+        };
+        (Gva(self.address.0.wrapping_sub(back)), back)
+    }
+}
+
 impl fmt::Display for Doubt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (frame {})", self.why, self.frame)?;

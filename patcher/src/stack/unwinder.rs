@@ -1,7 +1,7 @@
 //! Where to begin: tasks that sleep, and vCPUs that run.
 
 use super::areas::{Area, Areas};
-use super::code::{Code, GeneratedCode, ModuleText};
+use super::code::{Code, GeneratedCode};
 use super::layout::StackLayout;
 use super::repair::Repairs;
 use super::walk::{Position, Saved, Walk};
@@ -9,6 +9,7 @@ use super::{End, Frame, FrameKind, StackKind, Trace, Why};
 use crate::Kernel;
 use crate::guest::{Activity, Gva, Vcpu};
 use crate::space::{Located, Space};
+use crate::symbols::{Module, ModulesLayout};
 use crate::tasks::{Task, TaskAddr, TaskLayout};
 
 const PAGE: u64 = 0x1000;
@@ -94,10 +95,14 @@ impl<'a, 'm> Unwinder<'a, 'm> {
         }
     }
 
-    /// Knows the code of these modules as well.
+    /// Knows the code of these modules as well; with their layout, also the names of functions.
     #[must_use]
-    pub fn with_modules(mut self, modules: impl IntoIterator<Item = ModuleText>) -> Self {
-        self.code.add_modules(modules);
+    pub fn with_modules(
+        mut self,
+        layout: Option<&'a ModulesLayout>,
+        modules: impl IntoIterator<Item = Module>,
+    ) -> Self {
+        self.code.add_modules(layout, modules);
         self
     }
 
@@ -265,30 +270,14 @@ impl<'a, 'm> Unwinder<'a, 'm> {
         areas
     }
 
-    /// Function, offset and size of a frame, as the kernel prints it: `func+0x12/0x80`.
+    /// What a frame is in that is not in the kernel's own text, where that is known.
     #[must_use]
-    pub fn name(&self, frame: &Frame) -> String {
-        // A return address may be the first one of another function.
-        let back = match frame.kind {
-            FrameKind::Called | FrameKind::Switched => 1,
-            FrameKind::Running | FrameKind::Interrupted => 0,
-        };
-        let at = Gva(frame.address.0.wrapping_sub(back));
-        if let Some(place) = self.kernel.symbols().at(at.linked(self.located.slide)) {
-            let (name, offset, size) = (place.symbol.name(), place.offset + back, place.size);
-            return format!("{name}+{offset:#x}/{size:#x}");
+    pub fn foreign_name(&self, frame: &Frame) -> Option<String> {
+        let (at, back) = frame.instruction();
+        let link = at.linked(self.located.slide);
+        if self.layout.text.contains(&link) {
+            return None;
         }
-        match self.code.owner(at.0) {
-            Some((name, offset)) => format!("{name}+{:#x}", offset + back),
-            None => frame.address.to_string(),
-        }
-    }
-
-    /// Whether a frame is in the scheduler, which /proc/PID/stack leaves out.
-    #[must_use]
-    pub fn is_scheduler(&self, frame: &Frame) -> bool {
-        let link = frame.address.linked(self.located.slide);
-        let text = self.layout.sched_text.as_ref();
-        text.is_some_and(|text| text.contains(&link))
+        self.code.name(at, back)
     }
 }

@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
+use super::list::TaskAddr;
 use crate::Kernel;
 use crate::guest::LinkAddr;
-use crate::space::{LayoutError, PerCpuVariable, optional, optional_range};
+use crate::space::{LayoutError, PerCpuVariable, Space, optional, optional_range};
 use crate::types::{Field, TypeError, Types};
 
 /// Everything needed to find tasks and their stacks. Offsets and sizes are in bytes.
@@ -138,6 +139,20 @@ impl TaskLayout {
             returns: shadow_returns(types),
             entry_text: optional_range(kernel, "__entry_text_start", "__entry_text_end"),
         })
+    }
+}
+
+impl TaskLayout {
+    /// Thread id and name of a task, when they can be read.
+    pub(crate) fn identity(&self, space: &Space<'_>, task: TaskAddr) -> Option<(u32, String)> {
+        let fields = &self.task;
+        let pid = space.read_u32(task.0.offset(fields.pid.offset)).ok()?;
+        let mut comm = vec![0; usize::try_from(fields.comm.size.min(64)).ok()?];
+        let at = task.0.offset(fields.comm.offset);
+        space.read(at, &mut comm).ok()?;
+        let end = comm.iter().position(|&byte| byte == 0);
+        comm.truncate(end.unwrap_or(comm.len()));
+        Some((pid, String::from_utf8_lossy(&comm).into_owned()))
     }
 }
 

@@ -97,12 +97,11 @@ pub enum ClientCommand {
     /// List the modules of the guest kernel
     Modules,
     /// Show the stacks of the guest's tasks
-    #[command(hide = true)]
     Stacks {
-        /// Only of this task
+        /// Only of this task, or of all threads of this process
         pid: Option<u32>,
     },
-    /// List the vCPUs
+    /// Say what each vCPU is doing
     Cpus,
     /// Change bytes of the guest kernel's text
     #[command(subcommand)]

@@ -59,6 +59,7 @@ struct TextRevert {
 pub fn register(registry: &mut Registry, patching: &Patching) {
     super::insight::register(registry, patching);
     super::inspect::register(registry, patching);
+    super::stacks::register(registry, patching);
     let p = patching.clone();
     registry.slow("query-kernel", move |context, query: Query| {
         p.stopped(

@@ -9,6 +9,7 @@ mod error;
 mod insight;
 mod inspect;
 mod session;
+mod stacks;
 mod vmcoreinfo;
 
 use std::time::Duration;

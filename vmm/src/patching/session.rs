@@ -110,6 +110,25 @@ impl<R> WithStop<R> {
             stop: self.stop,
         }
     }
+
+    /// The answer alone.
+    pub fn into_answer(self) -> R {
+        self.answer
+    }
+
+    /// The same with what is made of the answer.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub fn try_map<S>(
+        self,
+        make: impl FnOnce(R) -> Result<S, QmpError>,
+    ) -> Result<WithStop<S>, QmpError> {
+        Ok(WithStop {
+            answer: make(self.answer)?,
+            stop: self.stop,
+        })
+    }
 }
 
 impl Patching {

@@ -278,9 +278,16 @@ pub(crate) fn start() -> Server {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vm.sock");
     let host = FakeHost::new(2);
-    let registry = command::standard(Arc::new(|| {
+    let mut registry = command::standard(Arc::new(|| {
         Some(Box::new(|_| Some(VMCOREINFO.as_bytes().to_vec())))
     }));
+    // What is told of a guest's kernel, without one.
+    registry.slow("query-vcpus", |_, _: command::NoArguments| {
+        Ok(json!([{
+            "cpu-index": 0, "thread-id": 4242, "activity": "running", "cpl": 0,
+            "rip": "0x1", "symbol": "func+0x1/0x20", "pid": 7, "comm": "sh",
+        }]))
+    });
     let socket = ControlSocket::bind(&path).unwrap();
     let server = socket
         .serve(Arc::clone(&host) as Arc<dyn Host>, registry)

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use super::super::layout::{
     BpfLayout, CpuLayout, GraphLayout, RegsLayout, RethookLayout, SwitchedLayout, TrampolineLayout,
 };
+use super::super::names::Names;
 use super::super::*;
 use crate::Kernel;
 use crate::guest::fake::FakeGuest;
 use crate::guest::{Gpa, Gva, LinkAddr, Slide, StoppedGuest, Vcpu, VcpuRegisters};
 use crate::space::{Located, PerCpu, PerCpuVariable};
-use crate::symbols::{Layout, OffsetForm};
+use crate::symbols::{Layout, Module, OffsetForm};
 use crate::synthetic::{ElfSection, Kallsyms, Orc, TEXT, TYPES, vmlinux_with};
 use crate::tasks::{Task, TaskAddr};
 use crate::types::Field;
@@ -55,7 +56,7 @@ pub(super) struct Guest {
     pub(super) layout: StackLayout,
     pub(super) located: Located,
     pub(super) task: Task,
-    pub(super) modules: Vec<ModuleText>,
+    pub(super) modules: Vec<Module>,
     pub(super) ours: Vec<GeneratedCode>,
     /// Where the next word is pushed.
     sp: u64,
@@ -323,13 +324,23 @@ impl Guest {
             &self.located,
             self.fake.image.vcpus(),
         )
-        .with_modules(self.modules.clone())
+        .with_modules(None, self.modules.clone())
         .with_generated(self.ours.clone());
         look(&unwinder)
     }
 
     pub(super) fn trace(&self) -> Trace {
         self.look(|unwinder| unwinder.task(&self.task))
+    }
+
+    pub(super) fn name(&self, frame: &Frame) -> String {
+        let names = Names {
+            kernel: &self.kernel,
+            layout: &self.layout,
+            slide: SLIDE,
+        };
+        let foreign = self.look(|unwinder| unwinder.foreign_name(frame));
+        foreign.unwrap_or_else(|| names.name(frame))
     }
 
     /// Why the trace cannot be relied on.

@@ -128,7 +128,9 @@ fn a_damaged_guest_is_told_of_all_the_same() {
         }
         let trace = guest.trace();
         assert!(trace.frames.len() <= 4097);
-        let names = trace.frames.iter();
-        guest.look(|unwinder| names.for_each(|frame| drop(unwinder.name(frame))));
+        trace
+            .frames
+            .iter()
+            .for_each(|frame| drop(guest.name(frame)));
     }
 }

@@ -3,7 +3,9 @@
 use super::guest::*;
 use crate::guest::Gva;
 use crate::stack::*;
+use crate::symbols::{MemoryKind, Module, ModuleMemory, ModuleState, OrcTables};
 use crate::synthetic::Orc;
+use crate::tasks::Task;
 
 const FORMATS: [OrcFormat; 3] = [OrcFormat::Plain, OrcFormat::Signal, OrcFormat::Renumbered];
 
@@ -114,12 +116,26 @@ fn modules_bring_tables_of_their_own() {
     let mut guest = Guest::new();
     called_from(&mut guest, MODULE.0 + 0x20);
     let tables = MODULE.offset(0x2000);
-    guest.modules.push(ModuleText {
+    guest.modules.push(Module {
+        address: HEAP,
         name: "lunatic".into(),
-        text: vec![MODULE..MODULE.offset(0x1000)],
-        orc_addresses: tables,
-        orc_entries: tables.offset(0x100),
-        orc_count: 1,
+        state: ModuleState::Live,
+        memory: vec![ModuleMemory {
+            kind: MemoryKind::Text,
+            base: MODULE,
+            size: 0x1000,
+        }],
+        users: 0,
+        taints: 0,
+        source_version: None,
+        symbols: None,
+        exports: None,
+        types: None,
+        orc: Some(OrcTables {
+            instructions: tables,
+            entries: tables.offset(0x100),
+            count: 1,
+        }),
     });
     let mut orc = Orc::new(tables.0);
     orc.call(MODULE.0, 0x20);
@@ -128,12 +144,15 @@ fn modules_bring_tables_of_their_own() {
     guest.fake.put(tables.offset(0x100), &entries);
     let trace = guest.trace();
     assert!(trace.is_reliable(), "{trace:?}");
-    let name = guest.look(|unwinder| unwinder.name(&trace.frames[1]));
+    let name = guest.name(&trace.frames[1]);
     assert_eq!(name, "[lunatic]+0x20");
 
-    for (addresses, count) in [(Gva(0x10), 1), (tables, u64::MAX), (tables, 0)] {
-        guest.modules[0].orc_addresses = addresses;
-        guest.modules[0].orc_count = count;
+    for (instructions, count) in [(Gva(0x10), 1), (tables, u64::MAX), (tables, 0)] {
+        guest.modules[0].orc = Some(OrcTables {
+            instructions,
+            entries: tables.offset(0x100),
+            count,
+        });
         assert!(matches!(guest.why(), Why::NoModuleTables { .. }), "{count}");
     }
 }
@@ -148,8 +167,8 @@ fn code_of_ours_keeps_frame_pointers() {
     });
     let trace = guest.trace();
     assert!(trace.is_reliable(), "{trace:?}");
-    let name = guest.look(|unwinder| unwinder.name(&trace.frames[1]));
-    assert_eq!(name, "fix [stillpoint]+0x20");
+    let name = guest.name(&trace.frames[1]);
+    assert_eq!(name, "[stillpoint fix]+0x20");
 }
 
 #[test]
@@ -185,8 +204,8 @@ fn programs_of_bpf_are_relied_on_where_the_kernel_does() {
     guest.fake.put(ksym.offset(0x20), b"bpf_prog_1\0");
     let trace = guest.trace();
     assert!(matches!(guest.why(), Why::GeneratedCode { .. }));
-    let name = guest.look(|unwinder| unwinder.name(&trace.frames[1]));
-    assert_eq!(name, "bpf_prog_1 [bpf]+0x20");
+    let name = guest.name(&trace.frames[1]);
+    assert_eq!(name, "[bpf bpf_prog_1]+0x20");
     guest.fake.put(ksym.offset(0x34), &0x80_u32.to_le_bytes());
     assert!(guest.trace().is_reliable());
     guest.layout.bpf.as_mut().unwrap().frame_pointer = None;
@@ -198,10 +217,52 @@ fn names_are_as_the_kernel_prints_them() {
     let mut guest = Guest::new();
     guest.sleeping_user_task();
     let trace = guest.trace();
+    let name = guest.name(&trace.frames[0]);
+    assert!(name.ends_with("/0x40") && name.contains("+0x"), "{name}");
     guest.look(|unwinder| {
-        let name = unwinder.name(&trace.frames[0]);
-        assert!(name.ends_with("/0x40") && name.contains("+0x"), "{name}");
-        assert!(unwinder.is_scheduler(&trace.frames[0]));
-        assert!(!unwinder.is_scheduler(&trace.frames[1]));
+        let request = StacksRequest::default();
+        let unwound = unwind(unwinder, SLIDE, vec![guest.task.clone()], &request);
+        let report = unwound.named(&guest.kernel, &guest.layout);
+        assert_eq!(report.counts.asleep_reliable, 1);
+        let frames = &report.tasks[0].frames;
+        assert_eq!(frames[0].symbol, name);
+        let scheduler: Vec<_> = frames.iter().map(|frame| frame.scheduler).collect();
+        assert_eq!(scheduler, [true, false, false]);
     });
+}
+
+#[test]
+fn what_does_not_fit_is_counted() {
+    let mut guest = Guest::new();
+    guest.sleeping_user_task();
+    let tasks: Vec<_> = (0..5000)
+        .map(|pid| Task {
+            pid,
+            tgid: pid & !1,
+            ..guest.task.clone()
+        })
+        .collect();
+    let report = |request: StacksRequest| {
+        guest.look(|unwinder| {
+            let unwound = unwind(unwinder, SLIDE, tasks.clone(), &request);
+            unwound.named(&guest.kernel, &guest.layout)
+        })
+    };
+    let all = report(StacksRequest::default());
+    assert_eq!(
+        (all.tasks.len(), all.more, all.counts.tasks),
+        (2000, 3000, 5000)
+    );
+    let next = report(StacksRequest {
+        after: Some(1999),
+        limit: Some(7),
+        ..StacksRequest::default()
+    });
+    assert_eq!((next.tasks.len(), next.more), (7, 2993));
+    assert_eq!(next.tasks[0].task.pid, 2000);
+    let process = report(StacksRequest {
+        pid: Some(8),
+        ..StacksRequest::default()
+    });
+    assert_eq!(process.tasks.len(), 2);
 }

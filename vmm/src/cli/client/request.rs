@@ -96,7 +96,7 @@ impl Task {
                 "power button pressed".to_owned()
             }),
             C::Reset => shown("system_reset", Value::Null, |_| "reset".to_owned()),
-            C::Cpus => shown("query-cpus-fast", Value::Null, render::cpus),
+            C::Cpus => shown("query-vcpus", Value::Null, render::vcpus),
             C::Inspect(_) => shown("inspect-text", Value::Null, render::inspected_text),
             C::Kernel => shown("query-kernel", Value::Null, render::kernel),
             C::Symbols {
@@ -110,7 +110,7 @@ impl Task {
             ),
             C::Tasks { pid } => shown("query-tasks", json!({ "pid": pid }), render::tasks),
             C::Modules => shown("query-modules", Value::Null, render::modules),
-            C::Stacks { pid } => ask("query-stacks", json!({ "pid": pid })),
+            C::Stacks { pid } => shown("query-stacks", json!({ "pid": pid }), render::stacks),
             C::Text(command) => text(command)?,
             C::Patch(command) => patch(command)?,
             C::Probe(command) => probe(command)?,

@@ -6,6 +6,7 @@
 mod insight;
 mod inspect;
 mod patching;
+mod stacks;
 mod table;
 
 use std::fmt::Write;
@@ -15,6 +16,7 @@ use serde_json::{Map, Value};
 pub(super) use insight::{modules, symbols, tasks};
 pub(super) use inspect::{inspected_dump, inspected_kernel, inspected_text};
 pub(super) use patching::{changed, kernel, list as text_list, reverted};
+pub(super) use stacks::{stacks, vcpus};
 
 /// A time in microseconds, as one reads it.
 pub(super) fn time(micros: u64) -> String {
@@ -71,16 +73,6 @@ pub(super) fn dumped(answer: &Value) -> String {
         bytes(answer["completed"].as_u64().unwrap_or(0)),
         time(micros(answer, "stalled-us"))
     )
-}
-
-pub(super) fn cpus(answer: &Value) -> String {
-    let rows: Vec<Value> = answer
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|cpu| serde_json::json!({ "vcpu": cpu["cpu-index"], "thread": cpu["thread-id"] }))
-        .collect();
-    anything(&Value::Array(rows))
 }
 
 /// One line for an event.
