@@ -71,7 +71,7 @@ pub fn on_kvm_with(kernels: &[&str], test: impl FnOnce() -> TestResult) -> TestR
 /// Those of the test.
 pub fn on_host(test: impl FnOnce() -> TestResult) -> TestResult {
     needs::prepare(&KERNELS)?;
-    tally::note(&format!("native {}", own_name()?));
+    tally::note(&format!("host {}", own_name()?));
     console::printed_on_failure(test)
 }
 
