@@ -23,7 +23,7 @@ use serde_json::{Map, Value};
 
 pub use deadline::DeadlineArgument;
 pub use hex::HexArgument;
-pub use services::{Context, Services, StopRecord};
+pub use services::{Context, Kept, Services, StopRecord};
 
 use super::dump::VmcoreinfoSource;
 use super::protocol::{QmpError, Reason, Request, SESSION_COMMANDS, from_arguments};

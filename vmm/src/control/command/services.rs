@@ -148,8 +148,11 @@ pub struct Context {
     pub services: Arc<Services>,
     /// The client that sent it.
     pub peer: Arc<Peer>,
-    kept: Mutex<Vec<Box<dyn Send>>>,
+    kept: Mutex<Kept>,
 }
+
+/// What a command keeps until it is answered.
+pub type Kept = Vec<Box<dyn Send>>;
 
 impl Context {
     pub(in crate::control) fn new(services: Arc<Services>, peer: Arc<Peer>) -> Self {
@@ -160,7 +163,14 @@ impl Context {
         }
     }
 
-    /// Drops `what` with the context, which outlives the command's answer.
+    /// What is to be kept until the command's answer was sent.
+    pub(in crate::control) fn into_kept(self) -> Kept {
+        self.kept
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drops `what` when the command's answer was sent.
     pub fn keep_until_answered(&self, what: impl Send + 'static) {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.push(Box::new(what));

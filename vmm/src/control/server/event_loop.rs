@@ -95,11 +95,18 @@ impl EventLoop {
     fn mail(&mut self, ops: &mut EventOps<'_>) {
         let mail = self.mailbox.take();
         self.tell(mail.events, ops);
-        for Finished { client: id, result } in mail.finished {
+        for finished in mail.finished {
+            let Finished {
+                client: id,
+                result,
+                kept,
+            } = finished;
             let Some(client) = self.clients.get_mut(&id.fd).filter(|c| c.id() == id) else {
                 continue;
             };
             client.answer(result);
+            client.flush();
+            drop(kept);
             self.turn(id.fd, ops);
             self.settle(id.fd, ops);
         }
@@ -210,8 +217,12 @@ impl EventLoop {
         let (registry, mailbox) = (Arc::clone(&self.registry), Arc::clone(&self.mailbox));
         let job = Box::new(move || {
             let result = registry.run(&context, request);
-            mailbox.finished(Finished { client, result });
-            drop(context);
+            let kept = context.into_kept();
+            mailbox.finished(Finished {
+                client,
+                result,
+                kept,
+            });
         });
         self.services.workers().run(job).map_err(|error| {
             QmpError::new(

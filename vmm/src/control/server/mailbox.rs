@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde_json::Value;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::control::command::Kept;
 use crate::control::protocol::{Notice, QmpError, Timestamp};
 
 /// Events that wait for the loop. It takes them at once; only a flood of events within one of its
@@ -22,13 +23,14 @@ pub(crate) struct ClientId {
 }
 
 /// A command that ran on another thread has ended.
-#[derive(Debug)]
 pub(super) struct Finished {
     pub(super) client: ClientId,
     pub(super) result: Result<Value, QmpError>,
+    /// Dropped when the answer is on its way.
+    pub(super) kept: Kept,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Contents {
     events: VecDeque<(Notice, Timestamp)>,
     lost: u64,
@@ -37,14 +39,12 @@ struct Contents {
 }
 
 /// See the module's documentation.
-#[derive(Debug)]
 pub(crate) struct Mailbox {
     contents: Mutex<Contents>,
     wake: EventFd,
 }
 
 /// Everything that was in the mailbox.
-#[derive(Debug)]
 pub(super) struct Mail {
     pub(super) events: VecDeque<(Notice, Timestamp)>,
     pub(super) finished: Vec<Finished>,
@@ -115,6 +115,12 @@ impl Mailbox {
     /// Takes the events only, before an answer that must not overtake them.
     pub(super) fn take_events(&self) -> VecDeque<(Notice, Timestamp)> {
         std::mem::take(&mut self.contents().events)
+    }
+}
+
+impl std::fmt::Debug for Mailbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mailbox").finish_non_exhaustive()
     }
 }
 
