@@ -7,6 +7,7 @@
 
 pub mod arena;
 pub mod compare;
+pub mod error;
 pub mod guest;
 mod hash;
 pub mod image;

@@ -1,6 +1,6 @@
 //! How guests end: the exit status, and a line that says what happened.
 
-use stillpoint_tests::{Guest, SOON, TestResult, on_kvm};
+use stillpoint_tests::{Boot, Guest, SOON, TestResult, on_kvm};
 
 fn kill(guest: &Guest, signal: &str) -> TestResult {
     let kill = std::process::Command::new("kill")
@@ -51,36 +51,25 @@ fn a_reboot_ends_with_0_if_told_so() -> TestResult {
     })
 }
 
+fn ends_as_panicked(boot: Boot) -> TestResult {
+    let guest = boot.cpus(2).mode("panic").launch()?;
+    assert_eq!(guest.exit_status()?, 4);
+    assert!(
+        guest.log().contains("sysrq triggered crash"),
+        "{}",
+        guest.log()
+    );
+    Ok(())
+}
+
 #[test]
 fn a_panic_that_resets_is_4() -> TestResult {
-    on_kvm(|| {
-        let guest = Guest::boot("6.12").cpus(2).mode("panic").launch()?;
-        assert_eq!(guest.exit_status()?, 4);
-        assert!(
-            guest.log().contains("sysrq triggered crash"),
-            "{}",
-            guest.log()
-        );
-        Ok(())
-    })
+    on_kvm(|| ends_as_panicked(Guest::boot("6.12")))
 }
 
 #[test]
 fn a_panic_that_spins_for_ever_is_4() -> TestResult {
-    on_kvm(|| {
-        let guest = Guest::boot("6.1")
-            .cpus(2)
-            .cmdline("panic=0")
-            .mode("panic")
-            .launch()?;
-        assert_eq!(guest.exit_status()?, 4);
-        assert!(
-            guest.log().contains("sysrq triggered crash"),
-            "{}",
-            guest.log()
-        );
-        Ok(())
-    })
+    on_kvm(|| ends_as_panicked(Guest::boot("6.1").cmdline("panic=0")))
 }
 
 #[test]

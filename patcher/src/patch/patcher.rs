@@ -11,13 +11,14 @@ use super::redirect::{PreparedRedirect, RedirectRequest};
 use super::report::{
     Applied, Bytes, Collected, Forgotten, KernelReport, Kind, Listing, Origin, Reverted,
 };
-use super::retire::{Content, Retirement, with_sources};
+use super::retire::{Content, Retirement};
 use super::text_patch::{PreparedText, TextRequest};
 use super::writing::{change, is_there, jump, still_ours, unmark};
 use super::{EntryId, PatchError};
 use crate::Kernel;
 use crate::arena::Arena;
 use crate::compare::{CompareError, Comparison, compare};
+use crate::error::with_causes;
 use crate::guest::StoppedGuest;
 use crate::space::{LayoutError, LocateError, Located};
 use crate::symbols::{Loaded, Module};
@@ -399,7 +400,7 @@ impl Patcher {
                 self.found = None;
                 return Err(error.into());
             }
-            (_, Err(error)) => with_sources(&error),
+            (_, Err(error)) => with_causes(&error),
         };
         let forgotten = self.forget(&why);
         for block in forgotten.blocks {

@@ -9,6 +9,7 @@ use super::EntryId;
 use super::code::Code;
 use super::report::{Collected, PlacedCode, Retired};
 use crate::arena::{Arena, Slot};
+use crate::error::with_causes;
 use crate::guest::StoppedGuest;
 use crate::space::Located;
 use crate::tasks::{TaskLayout, Windows, scan};
@@ -111,7 +112,7 @@ impl Retirement {
             Err(error) => {
                 return Collected {
                     retired: self.report(),
-                    undecided: Some(with_sources(&error)),
+                    undecided: Some(with_causes(&error)),
                     ..Collected::default()
                 };
             }
@@ -128,7 +129,7 @@ impl Retirement {
                             collected.freed.push(report.id);
                             continue;
                         }
-                        Err(error) => report.held_by.push(with_sources(&error)),
+                        Err(error) => report.held_by.push(with_causes(&error)),
                     }
                 }
             }
@@ -150,16 +151,4 @@ fn free(
         report.data = None;
     }
     arena.free(guest, report.code)
-}
-
-/// An error with all that is behind it.
-pub(super) fn with_sources(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
 }

@@ -8,6 +8,8 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::thread;
 
+use vmm_sys_util::signal::{block_signal, create_sigset};
+
 const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 
 fn is_ignored(signal: libc::c_int) -> bool {
@@ -19,24 +21,19 @@ fn is_ignored(signal: libc::c_int) -> bool {
 }
 
 /// The signals, blocked in the calling thread and in all it starts from now on.
-pub(super) struct EndSignals(libc::sigset_t);
+pub(super) struct EndSignals(Vec<libc::c_int>);
 
 impl EndSignals {
     /// Blocks them. To be called before any other thread exists.
     #[must_use]
     pub(super) fn block() -> Self {
-        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: the pointer is to memory for one signal set.
-        unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-        // SAFETY: sigemptyset filled it in.
-        let mut set = unsafe { set.assume_init() };
-        for signal in ENDING.into_iter().filter(|signal| !is_ignored(*signal)) {
-            // SAFETY: the set is initialised and the signal numbers are valid.
-            unsafe { libc::sigaddset(&raw mut set, signal) };
+        let taken = ENDING.into_iter().filter(|signal| !is_ignored(*signal));
+        let taken: Vec<_> = taken.collect();
+        for signal in &taken {
+            // One that is blocked already was blocked by the parent: it is taken all the same.
+            let _ = block_signal(*signal);
         }
-        // SAFETY: the set is initialised; the old mask is not wanted.
-        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
-        Self(set)
+        Self(taken)
     }
 
     /// Starts the thread that calls `taken` for each of them.
@@ -44,8 +41,9 @@ impl EndSignals {
     /// # Errors
     /// What the host said when there is no thread to be had.
     pub(super) fn take(self, taken: impl Fn() + Send + 'static) -> io::Result<()> {
+        let set =
+            create_sigset(&self.0).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         let body = move || {
-            let Self(set) = self;
             loop {
                 let mut signal = 0;
                 // SAFETY: the set is initialised and all its signals are blocked in this thread.

@@ -69,6 +69,16 @@ impl Gate {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits while `condition` holds, at most until `deadline`.
+    fn wait_while<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        deadline: Instant,
+        condition: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        wait_while(&self.changed, state, deadline, condition)
+    }
+
     /// Opens the gate for `vcpus` new threads, all of which count as running until they park.
     /// The answer names this set of threads to [`Gate::hold`].
     pub(super) fn seat(&self, vcpus: usize) -> u64 {
@@ -84,18 +94,8 @@ impl Gate {
     /// Waits while one set of threads has been told to leave, or none has been there, and the next
     /// has no seats yet.
     pub(super) fn wait_open(&self, deadline: Instant) {
-        let mut state = self.lock();
-        while !state.retired && (state.closing || state.generation == 0) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
+        let shut = |state: &State| !state.retired && (state.closing || state.generation == 0);
+        drop(self.wait_while(self.lock(), deadline, shut));
     }
 
     /// There will be no vCPU threads any more: nobody need wait for them.
@@ -166,29 +166,23 @@ impl Gate {
                 kick(index);
             }
         }
-        while state.running().is_some() || state.devices > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || state.closing {
-                let error = match state.running() {
-                    _ if state.closing => StopError::Ended,
-                    Some(vcpu) => StopError::Deadline {
-                        vcpu: u32::try_from(vcpu).unwrap_or(u32::MAX),
-                        waited: begun.elapsed(),
-                    },
-                    None => StopError::DeviceDeadline {
-                        waited: begun.elapsed(),
-                    },
-                };
-                self.unhold(&mut state);
-                return Err(error);
-            }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+        let busy = |state: &State| state.running().is_some() || state.devices > 0;
+        state = self.wait_while(state, deadline, |state| busy(state) && !state.closing);
+        if !busy(&state) {
+            return Ok(state.first_parked.unwrap_or(begun));
         }
-        Ok(state.first_parked.unwrap_or(begun))
+        let error = match state.running() {
+            _ if state.closing => StopError::Ended,
+            Some(vcpu) => StopError::Deadline {
+                vcpu: u32::try_from(vcpu).unwrap_or(u32::MAX),
+                waited: begun.elapsed(),
+            },
+            None => StopError::DeviceDeadline {
+                waited: begun.elapsed(),
+            },
+        };
+        self.unhold(&mut state);
+        Err(error)
     }
 
     /// Takes back one hold.
@@ -212,19 +206,11 @@ impl Gate {
     /// Waits until no other operation works on the stopped guest.
     pub(super) fn claim(&self, deadline: Instant) -> Result<Claim<'_>, StopError> {
         let begun = Instant::now();
-        let mut state = self.lock();
-        while state.exclusive {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(StopError::Busy {
-                    waited: begun.elapsed(),
-                });
-            }
-            state = self
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+        let mut state = self.wait_while(self.lock(), deadline, |state| state.exclusive);
+        if state.exclusive {
+            return Err(StopError::Busy {
+                waited: begun.elapsed(),
+            });
         }
         state.exclusive = true;
         Ok(Claim { gate: self })
@@ -270,6 +256,20 @@ impl Drop for DevicePermit<'_> {
         state.devices = state.devices.saturating_sub(1);
         self.gate.changed.notify_all();
     }
+}
+
+/// Waits at `changed` while `condition` holds, at most until `deadline`.
+pub(super) fn wait_while<'a, T>(
+    changed: &Condvar,
+    state: MutexGuard<'a, T>,
+    deadline: Instant,
+    condition: impl Fn(&T) -> bool,
+) -> MutexGuard<'a, T> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    changed
+        .wait_timeout_while(state, left, |state| condition(state))
+        .unwrap_or_else(PoisonError::into_inner)
+        .0
 }
 
 /// The instant `after` from now, however long that is.

@@ -11,6 +11,8 @@ use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::gate::wait_while;
+
 /// The other end of the guest's serial port.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum SerialTarget {
@@ -100,6 +102,18 @@ struct Shared {
     sink: Mutex<Option<Sink>>,
 }
 
+impl Shared {
+    /// Waits while `condition` holds, at most for `patience`.
+    fn wait_while<'a>(
+        &self,
+        queue: MutexGuard<'a, Queue>,
+        patience: Duration,
+        condition: impl Fn(&Queue) -> bool,
+    ) -> MutexGuard<'a, Queue> {
+        wait_while(&self.changed, queue, Instant::now() + patience, condition)
+    }
+}
+
 /// The sending end of the serial port's output; clones share it.
 #[derive(Clone, Default)]
 pub(super) struct Outbox {
@@ -138,19 +152,9 @@ impl Outbox {
                     .wait(queue)
                     .unwrap_or_else(PoisonError::into_inner);
             }
-            let gathered = Instant::now() + GATHER;
-            while !queue.should_go() {
-                let left = gathered.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    break;
-                }
-                queue = self
-                    .shared
-                    .changed
-                    .wait_timeout(queue, left)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0;
-            }
+            let mut queue = self
+                .shared
+                .wait_while(queue, GATHER, |queue| !queue.should_go());
             chunk.clear();
             chunk.extend(queue.bytes.drain(..));
             queue.line = false;
@@ -179,21 +183,11 @@ impl Outbox {
 
     /// Waits until everything is written, at most `patience`.
     pub(super) fn drain(&self, patience: Duration) {
-        let deadline = Instant::now() + patience;
-        let mut queue = lock(&self.shared.queue);
-        while !queue.bytes.is_empty() || queue.writing {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            queue = self
-                .shared
-                .changed
-                .wait_timeout(queue, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-        if queue.dropped > 0 {
+        let waits = |queue: &Queue| !queue.bytes.is_empty() || queue.writing;
+        let queue = self
+            .shared
+            .wait_while(lock(&self.shared.queue), patience, waits);
+        if !waits(&queue) && queue.dropped > 0 {
             tracing::warn!(
                 bytes = queue.dropped,
                 "serial output that nobody read was dropped"
@@ -208,23 +202,12 @@ impl Write for Outbox {
         if !queue.sink_present {
             return Ok(bytes.len());
         }
-        if queue.bytes.len() + bytes.len() > QUEUE && !queue.patience_spent {
-            let deadline = Instant::now() + PATIENCE;
-            while queue.bytes.len() + bytes.len() > QUEUE {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    queue.patience_spent = true;
-                    break;
-                }
-                queue = self
-                    .shared
-                    .changed
-                    .wait_timeout(queue, left)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0;
-            }
+        let is_full = |queue: &Queue| queue.bytes.len() + bytes.len() > QUEUE;
+        if is_full(&queue) && !queue.patience_spent {
+            queue = self.shared.wait_while(queue, PATIENCE, is_full);
+            queue.patience_spent |= is_full(&queue);
         }
-        if queue.bytes.len() + bytes.len() > QUEUE {
+        if is_full(&queue) {
             queue.dropped += bytes.len() as u64;
             return Ok(bytes.len());
         }

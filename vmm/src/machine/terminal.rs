@@ -5,6 +5,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
 use std::sync::{Mutex, Once, OnceLock, PoisonError};
 
+use vmm_sys_util::signal::block_signal;
+
 /// The terminal's settings from before raw mode, while it is in raw mode.
 static SAVED: OnceLock<Mutex<Option<libc::termios>>> = OnceLock::new();
 
@@ -24,15 +26,8 @@ pub(super) fn is_terminal() -> bool {
 /// Makes reading the terminal from the background an error for the calling thread, instead of a
 /// stop of the whole process with its guest.
 pub(super) fn refuse_background_reads() {
-    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: the pointer is to memory for one signal set.
-    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
-    // SAFETY: sigemptyset filled it in.
-    let mut set = unsafe { set.assume_init() };
-    // SAFETY: the set is initialised and the signal number is valid.
-    unsafe { libc::sigaddset(&raw mut set, libc::SIGTTIN) };
-    // SAFETY: the set is initialised; the old mask is not wanted.
-    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    // One that is blocked already is as it should be.
+    let _ = block_signal(libc::SIGTTIN);
 }
 
 impl RawTerminal {

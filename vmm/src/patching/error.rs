@@ -1,7 +1,6 @@
 //! The patcher's refusals as clients see them.
 
-use std::error::Error;
-
+use patcher::error::with_causes;
 use patcher::patch::PatchError;
 
 use crate::control::protocol::{QmpError, Reason};
@@ -14,12 +13,5 @@ pub(super) fn refusal(error: &PatchError) -> QmpError {
         PatchError::Busy(_) | PatchError::Occupied { .. } => Reason::Busy,
         _ => Reason::Refused,
     };
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text.push_str(": ");
-        text.push_str(&next.to_string());
-        cause = next.source();
-    }
-    QmpError::new(reason, text).with_word(error.word())
+    QmpError::new(reason, with_causes(error)).with_word(error.word())
 }

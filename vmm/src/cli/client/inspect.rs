@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use patcher::Kernel;
 use patcher::compare::compare;
+use patcher::error::with_causes;
 use patcher::guest::MemoryImage;
 use patcher::image::Kind;
 use patcher::space::{Landmarks, Located, complete_registers};
@@ -105,17 +106,6 @@ fn read(path: &Path, file: &mut File, most: u64) -> Result<Vec<u8>, ClientError>
 fn open_kernel(path: &Path, file: &mut File) -> Result<Kernel, ClientError> {
     let bytes = read(path, file, MAX_KERNEL)?;
     Kernel::open(bytes).map_err(|error| refused(path, with_causes(&error)))
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text.push_str(": ");
-        text.push_str(&next.to_string());
-        cause = next.source();
-    }
-    text
 }
 
 /// What a kernel is called by.
