@@ -6,12 +6,12 @@
 //! to a running guest does not compile.
 
 mod address;
-#[cfg(test)]
-pub(crate) mod fake;
 mod image;
 mod memory;
 mod vcpu;
 
+#[cfg(test)]
+pub(crate) use crate::synthetic::ram as fake;
 pub use address::{Gpa, Gva, LinkAddr, Slide};
 pub use image::{MemoryImage, MemoryImageError};
 pub use memory::{GuestMemory, MemoryError, RamRange};

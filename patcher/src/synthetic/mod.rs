@@ -1,4 +1,5 @@
-//! Kernels that never ran: small images, symbol tables and type information made to order.
+//! Kernels that never ran and guests that never booted: small images, symbol tables, type
+//! information, tasks and modules made to order.
 //!
 //! For tests and fuzzers (feature `synthetic`). What is written follows the same descriptions of
 //! the formats as the readers do, but shares no code with them.
@@ -6,21 +7,32 @@
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
+    clippy::panic,
     clippy::cast_possible_truncation,
     reason = "writes small tables for tests; a value that does not fit is a mistake in the test"
 )]
 
 mod btf;
 mod bzimage;
+mod core;
 mod elf;
+mod guest;
 mod kallsyms;
 mod orc;
+mod plan;
+pub mod ram;
+mod shape;
 
 pub use btf::Btf;
 pub use bzimage::{Packing, bzimage, pack};
+pub use core::core;
 pub use elf::{ElfSection, elf};
+pub use guest::{Guest, SLIDE};
 pub use kallsyms::{Kallsyms, SyntheticSymbol};
 pub use orc::Orc;
+pub use plan::{PER_CPU_SIZE, Plan, STACK_SIZE, VARIABLES};
+pub use ram::{FakeGuest, Place};
+pub use shape::{Shape, Span};
 
 use crate::guest::LinkAddr;
 

@@ -1,0 +1,5 @@
+//! See `fuzz::core`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::core(data));
