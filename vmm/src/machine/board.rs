@@ -174,6 +174,7 @@ impl Board {
             fd.set_cpuid2(&table)
                 .map_err(StartError::kvm("setting CPUID"))?;
             wire_local_apic(&fd)?;
+            boot::limit_machine_checks(&fd);
             boot::set_firmware_msrs(&fd);
             if index == 0 {
                 boot::enter_long_mode(&fd, entry)?;

@@ -4,6 +4,7 @@
 use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::super::layout::{BOOT_STACK, GDT, IDT, PAGE_TABLES, ZERO_PAGE};
 use super::super::memory::GuestRam;
@@ -30,6 +31,10 @@ const MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs enabled, memory is write-back unless they say otherwise.
 const MTRR_WRITE_BACK: u64 = (1 << 11) | 6;
+
+/// MCG_CTL_P beside one bank (SDM vol. 3B, IA32_MCG_CAP).
+const ONE_BANK: u64 = (1 << 8) | 1;
+vmm_sys_util::ioctl_iow_nr!(KVM_X86_SETUP_MCE, kvm_bindings::KVMIO, 0x9c, u64);
 
 /// A flat segment with the given selector and access byte.
 fn segment(selector: u16, type_: u8, long: bool, system: bool) -> kvm_segment {
@@ -124,6 +129,16 @@ pub(in super::super) fn enter_long_mode(vcpu: &VcpuFd, entry: Entry) -> Result<(
 pub(in super::super) fn set_firmware_msrs(vcpu: &VcpuFd) {
     set_msr(vcpu, MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING);
     set_msr(vcpu, MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK);
+}
+
+/// Gives the processor one machine check bank: none is ever reported to a guest, and a guest
+/// looks at every bank there is, exit by exit. A host that will not leaves what KVM has, 32.
+pub(in super::super) fn limit_machine_checks(vcpu: &VcpuFd) {
+    // SAFETY: the ioctl reads the 64-bit capability that the reference points to, and nothing else.
+    if unsafe { ioctl_with_ref(vcpu, KVM_X86_SETUP_MCE(), &ONE_BANK) } != 0 {
+        let error = std::io::Error::last_os_error();
+        tracing::debug!("machine check banks: {error}");
+    }
 }
 
 /// Sets an MSR that not every host knows; a host that does not leaves it at its reset value.

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use patcher::guest::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
-pub(super) use cpu::{enter_long_mode, set_firmware_msrs, write_tables};
+pub(super) use cpu::{enter_long_mode, limit_machine_checks, set_firmware_msrs, write_tables};
 pub use image::{KernelKind, check_kernel};
 
 use super::acpi;
