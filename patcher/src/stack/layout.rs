@@ -6,6 +6,7 @@ use super::StackKind;
 use crate::Kernel;
 use crate::guest::LinkAddr;
 use crate::space::{LayoutError, PerCpuVariable, optional, optional_range};
+use crate::tasks::ReturnProbes;
 use crate::types::{Field, Types};
 
 /// Everything needed to unwind stacks, beside the tables. Offsets and sizes are in bytes.
@@ -20,7 +21,7 @@ pub struct StackLayout {
     /// Functions that /proc/PID/stack leaves out.
     pub(super) sched_text: Option<Range<LinkAddr>>,
     pub(super) graph: Option<GraphLayout>,
-    pub(super) rethook: Option<RethookLayout>,
+    pub(super) probes: Option<ReturnProbes>,
     pub(super) trampolines: Option<TrampolineLayout>,
     pub(super) bpf: Option<BpfLayout>,
     pub(super) cpu: CpuLayout,
@@ -66,21 +67,6 @@ pub(super) struct GraphLayout {
     /// The stack is counted in words, and a word above each entry says how far down it begins
     /// (6.11 and later). Before, it is an array of entries.
     pub(super) in_words: bool,
-}
-
-/// Where return probes keep return addresses.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct RethookLayout {
-    /// What is put in their place.
-    pub(super) trampoline: LinkAddr,
-    /// `task_struct.rethooks.first`.
-    pub(super) first: u64,
-    /// `rethook_node.llist`.
-    pub(super) node: u64,
-    /// `rethook_node.ret_addr`.
-    pub(super) address: u64,
-    /// `rethook_node.frame`: where on the stack it was.
-    pub(super) slot: u64,
 }
 
 /// Trampolines that ftrace makes by copying its own.
@@ -164,7 +150,7 @@ impl StackLayout {
             init_text: optional_range(kernel, "_sinittext", "_einittext"),
             sched_text: optional_range(kernel, "__sched_text_start", "__sched_text_end"),
             graph: graph(kernel),
-            rethook: rethook(kernel),
+            probes: ReturnProbes::of(kernel),
             trampolines: trampolines(kernel),
             bpf: bpf(kernel),
             cpu: cpu(kernel)?,
@@ -187,17 +173,6 @@ fn graph(kernel: &Kernel) -> Option<GraphLayout> {
         slot: offset(types, "ftrace_ret_stack", "retp").ok()?,
         // Came together with room for several tracers on one stack.
         in_words: types.field("fgraph_ops", "idx").is_ok(),
-    })
-}
-
-fn rethook(kernel: &Kernel) -> Option<RethookLayout> {
-    let node = |name| offset(kernel.types(), "rethook_node", name).ok();
-    Some(RethookLayout {
-        trampoline: optional(kernel.symbols(), "arch_rethook_trampoline")?,
-        first: offset(kernel.types(), "task_struct", "rethooks.first").ok()?,
-        node: node("llist")?,
-        address: node("ret_addr")?,
-        slot: node("frame")?,
     })
 }
 

@@ -9,14 +9,13 @@
 use std::cell::OnceCell;
 
 use super::Why;
-use super::layout::{GraphLayout, RethookLayout, StackLayout};
+use super::layout::{GraphLayout, StackLayout};
 use crate::guest::{Gva, Slide};
 use crate::space::{Space, SpaceError};
+use crate::tasks::ReturnProbes;
 
 /// Most bytes of function graph's stack (SHADOW_STACK_SIZE from 6.11 on; before, 50 entries).
 const MAX_GRAPH: u64 = 4096;
-/// Return probes in flight in one task that are looked at.
-const MAX_RETHOOKS: usize = 4096;
 /// Bits of the word above an entry that say how many words it has (FGRAPH_FRAME_OFFSET_MASK).
 const WORDS_MASK: u64 = 0x3ff;
 
@@ -34,7 +33,7 @@ pub(super) struct Repairs<'a, 'm> {
     slide: Slide,
     task: Gva,
     graph: OnceCell<Vec<Taken>>,
-    rethooks: OnceCell<Vec<Taken>>,
+    probed: OnceCell<Vec<Taken>>,
 }
 
 impl<'a, 'm> Repairs<'a, 'm> {
@@ -50,26 +49,26 @@ impl<'a, 'm> Repairs<'a, 'm> {
             slide,
             task,
             graph: OnceCell::new(),
-            rethooks: OnceCell::new(),
+            probed: OnceCell::new(),
         }
     }
 
     /// The real return address where `address` was found in `slot`.
     pub(super) fn real(&self, address: u64, slot: u64) -> Result<u64, Why> {
         let graph = self.layout.graph.as_ref();
-        let rethook = self.layout.rethook.as_ref();
+        let probes = self.layout.probes.as_ref();
         let handler = graph.map(|graph| graph.handler.at(self.slide).0);
-        let trampoline = rethook.map(|rethook| rethook.trampoline.at(self.slide).0);
-        let (mut graph_taken, mut rethooks_taken) = (None, None);
+        let trampoline = probes.map(|probes| probes.trampoline.at(self.slide).0);
+        let (mut graph_taken, mut probes_taken) = (None, None);
         let mut address = address;
         // Each round uses up one of the entries for this slot, so this ends.
         loop {
-            let next = match (graph, rethook) {
+            let next = match (graph, probes) {
                 (Some(layout), _) if Some(address) == handler => graph_taken
                     .get_or_insert_with(|| of_slot(self.graph(layout), slot))
                     .next(),
-                (_, Some(layout)) if Some(address) == trampoline => rethooks_taken
-                    .get_or_insert_with(|| of_slot(self.rethooks(layout), slot))
+                (_, Some(probes)) if Some(address) == trampoline => probes_taken
+                    .get_or_insert_with(|| of_slot(self.probed(probes), slot))
                     .next(),
                 _ => return Ok(address),
             };
@@ -88,9 +87,16 @@ impl<'a, 'm> Repairs<'a, 'm> {
         })
     }
 
-    fn rethooks(&self, layout: &RethookLayout) -> &[Taken] {
-        self.rethooks
-            .get_or_init(|| self.rethook_list(layout).unwrap_or_default())
+    fn probed(&self, probes: &ReturnProbes) -> &[Taken] {
+        self.probed.get_or_init(|| {
+            let kept = probes.of_task(self.space, self.slide, self.task);
+            let all = kept.unwrap_or_default().into_iter();
+            all.map(|kept| Taken {
+                slot: kept.slot,
+                address: kept.address,
+            })
+            .collect()
+        })
     }
 
     /// The first `len` bytes of the stack, and the task's index into it.
@@ -140,21 +146,6 @@ impl<'a, 'm> Repairs<'a, 'm> {
             let entry = usize::try_from(begin * 8).unwrap_or(usize::MAX);
             found.extend(bytes.get(entry..).and_then(|raw| taken(layout, raw)));
             free = begin;
-        }
-        Ok(found)
-    }
-
-    fn rethook_list(&self, layout: &RethookLayout) -> Result<Vec<Taken>, SpaceError> {
-        let mut found = Vec::new();
-        let mut node = self.space.read_pointer(self.task.offset(layout.first))?;
-        while node.0 != 0 && found.len() < MAX_RETHOOKS {
-            // `first` and the links point to the member `llist` of a node.
-            let base = Gva(node.0.wrapping_sub(layout.node));
-            found.push(Taken {
-                slot: self.space.read_u64(base.offset(layout.slot))?,
-                address: self.space.read_u64(base.offset(layout.address))?,
-            });
-            node = self.space.read_pointer(node)?;
         }
         Ok(found)
     }

@@ -3,10 +3,11 @@
 use std::ops::Range;
 
 use super::list::TaskAddr;
+use super::probes::ReturnProbes;
 use crate::Kernel;
 use crate::guest::LinkAddr;
 use crate::space::{LayoutError, PerCpuVariable, Space, optional, optional_range};
-use crate::types::{Field, TypeError, Types};
+use crate::types::{Field, TypeError};
 
 /// Everything needed to find tasks and their stacks. Offsets and sizes are in bytes.
 #[derive(Clone, Debug)]
@@ -91,8 +92,8 @@ pub(crate) struct CpuStack {
 pub(crate) struct ShadowReturns {
     /// `task_struct.ret_stack` of function graph tracing, and its longest extent.
     pub(crate) graph: Option<(u64, u64)>,
-    /// `task_struct.rethooks.first`, `rethook_node.llist` and `rethook_node.ret_addr`.
-    pub(crate) rethooks: Option<(u64, u64, u64)>,
+    /// Of return probes.
+    pub(crate) probes: Option<ReturnProbes>,
 }
 
 impl TaskLayout {
@@ -136,7 +137,7 @@ impl TaskLayout {
             },
             exiting: exiting(kernel),
             cpu_stacks: cpu_stacks(kernel)?,
-            returns: shadow_returns(types),
+            returns: shadow_returns(kernel),
             entry_text: optional_range(kernel, "__entry_text_start", "__entry_text_end"),
         })
     }
@@ -231,20 +232,19 @@ fn cpu_stacks(kernel: &Kernel) -> Result<Vec<CpuStack>, LayoutError> {
     .collect()
 }
 
-fn shadow_returns(types: &Types) -> ShadowReturns {
+fn shadow_returns(kernel: &Kernel) -> ShadowReturns {
     /// SHADOW_STACK_SIZE from 6.10 on (kernel/trace/fgraph.c); before, it is 50 entries of
     /// `ftrace_ret_stack`, which is less.
     const LONGEST: u64 = 4096;
-    let field = |holder, path| types.field(holder, path).ok().map(|field| field.offset);
-    let rethooks = || {
-        Some((
-            field("task_struct", "rethooks.first")?,
-            field("rethook_node", "llist.next")?,
-            field("rethook_node", "ret_addr")?,
-        ))
+    let field = |holder, path| {
+        kernel
+            .types()
+            .field(holder, path)
+            .ok()
+            .map(|field| field.offset)
     };
     ShadowReturns {
         graph: field("task_struct", "ret_stack").map(|at| (at, LONGEST)),
-        rethooks: rethooks(),
+        probes: ReturnProbes::of(kernel),
     }
 }

@@ -7,12 +7,16 @@
 mod layout;
 mod list;
 mod pids;
+mod probes;
 mod scan;
 mod state;
 mod survey;
 
 pub use layout::TaskLayout;
 pub use list::{Task, TaskAddr, TaskError};
+#[cfg(test)]
+pub(crate) use probes::Place;
+pub(crate) use probes::ReturnProbes;
 pub use scan::{Context, Found, Hit, Scanned, Windows};
 pub use state::{Scheduling, TaskState};
 pub use survey::{Counts, Survey, SurveyLayout, TaskInfo, TaskKind, survey};

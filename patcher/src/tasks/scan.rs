@@ -12,13 +12,12 @@ use std::ops::Range;
 
 use super::layout::TaskLayout;
 use super::list::{Task, TaskError, Walker};
+use super::probes::{Kept, Place};
 use crate::guest::{Activity, Gva, Vcpu, VcpuRegisters};
 use crate::space::{Located, Space};
 
 /// Hits that are told; more say nothing new.
 const MAX_HITS: usize = 64;
-/// More entries than any task has return probes in flight.
-const MAX_RETHOOKS: usize = 1 << 16;
 
 /// End of the user's half of the address space, with five levels of page tables.
 const LOWER_HALF: u64 = 1 << 56;
@@ -46,6 +45,15 @@ pub enum Context {
         /// Which of its stacks.
         stack: &'static str,
     },
+}
+
+impl Context {
+    fn of(task: &Task) -> Self {
+        Self::Task {
+            pid: task.pid,
+            comm: task.comm.clone(),
+        }
+    }
 }
 
 impl fmt::Display for Context {
@@ -222,6 +230,7 @@ impl<'a, 'm> Scan<'a, 'm> {
         for task in tasks {
             self.task(task)?;
         }
+        self.probed(tasks)?;
         self.cpu_stacks()?;
         for vcpu in vcpus {
             self.vcpu(vcpu);
@@ -247,10 +256,7 @@ impl<'a, 'm> Scan<'a, 'm> {
     }
 
     fn task(&mut self, task: &Task) -> Result<(), TaskError> {
-        let context = || Context::Task {
-            pid: task.pid,
-            comm: task.comm.clone(),
-        };
+        let context = || Context::of(task);
         let size = self.walker.layout.stack_size;
         // A task that ended has given its stack back.
         if task.stack.0 != 0 {
@@ -287,32 +293,42 @@ impl<'a, 'm> Scan<'a, 'm> {
                 }
             }
         }
-        if let Some((first, next, address)) = returns.rethooks {
-            const WHAT: &str = "list of return probes";
-            let mut node = self.walker.pointer(WHAT, task.address.0.offset(first))?;
-            let mut seen = HashSet::new();
-            while node.0 != 0 {
-                if !seen.insert(node) {
-                    return Err(TaskError::Circle {
-                        what: WHAT,
-                        at: node,
-                    });
-                }
-                if seen.len() > MAX_RETHOOKS {
-                    return Err(TaskError::Endless {
-                        what: WHAT,
-                        limit: MAX_RETHOOKS,
-                    });
-                }
-                // `first` and `next` both point to the member `llist` of a node.
-                let base = Gva(node.0.wrapping_sub(next));
-                let at = base.offset(address);
-                let value = self.walker.pointer(WHAT, at)?;
-                if self.windows.contains(value) {
-                    self.hit(context, Found::ShadowReturn(at), value);
-                }
-                node = self.walker.pointer(WHAT, node)?;
+        // A table for all tasks is looked at once.
+        if let Some(probes) = returns.probes
+            && let Place::Tasks { .. } = probes.place
+        {
+            let slide = self.walker.located.slide;
+            for kept in probes.of_task(self.walker.space, slide, task.address.0)? {
+                self.kept(&kept, context);
             }
+        }
+        Ok(())
+    }
+
+    fn kept(&mut self, kept: &Kept, context: &dyn Fn() -> Context) {
+        let value = Gva(kept.address);
+        if self.windows.contains(value) {
+            self.hit(context, Found::ShadowReturn(kept.at), value);
+        }
+    }
+
+    /// What return probes keep in one table for all tasks.
+    fn probed(&mut self, tasks: &[Task]) -> Result<(), TaskError> {
+        let Some(probes) = self.walker.layout.returns.probes else {
+            return Ok(());
+        };
+        let slide = self.walker.located.slide;
+        for kept in probes.of_table(self.walker.space, slide)? {
+            let owner = tasks.iter().find(|task| kept.task == Some(task.address.0));
+            let context = || match owner {
+                Some(task) => Context::of(task),
+                // One that has ended, and whose entry is still there.
+                None => Context::Task {
+                    pid: 0,
+                    comm: "unknown task".into(),
+                },
+            };
+            self.kept(&kept, &context);
         }
         Ok(())
     }

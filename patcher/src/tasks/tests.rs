@@ -1,4 +1,5 @@
 use super::layout::{CpuStack, Exiting, RunQueues, ShadowReturns, TaskFields};
+use super::probes::{Place, ReturnProbes};
 use super::*;
 use crate::guest::fake::FakeGuest;
 use crate::guest::{Activity, Gpa, Gva, LinkAddr, Slide};
@@ -10,6 +11,7 @@ const STACK: u64 = 0x4000;
 const SLIDE: Slide = Slide(0x20_0000);
 const INIT: LinkAddr = LinkAddr(0xffff_ffff_8100_0000);
 const ENTRY_TEXT: LinkAddr = LinkAddr(0xffff_ffff_8180_0000);
+const TABLE: LinkAddr = LinkAddr(0xffff_ffff_8100_0e00);
 const NR_THREADS: LinkAddr = LinkAddr(0xffff_ffff_8100_0f00);
 /// Per-CPU area of the only CPU, for variables at 0.
 const AREA: Gva = Gva(0xffff_8880_0100_0000);
@@ -70,7 +72,13 @@ fn layout() -> TaskLayout {
         }],
         returns: ShadowReturns {
             graph: Some((0x90, 0x1000)),
-            rethooks: Some((0x98, 0x10, 0x20)),
+            probes: Some(ReturnProbes {
+                trampoline: LinkAddr(0),
+                place: Place::Tasks { first: 0x98 },
+                link: 0x10,
+                address: 0x20,
+                slot: 0x28,
+            }),
         },
         entry_text: Some(ENTRY_TEXT..ENTRY_TEXT.offset(0x1000)),
     }
@@ -447,6 +455,39 @@ fn return_addresses_that_tracers_took_are_found() {
         ]
     );
     guest.fake.put_u64(node.offset(0x10), node.0 + 0x10);
+    assert!(matches!(guest.scan(), Err(TaskError::Circle { .. })));
+}
+
+#[test]
+fn one_table_of_return_probes_for_all_tasks_counts() {
+    let mut guest = Guest::new();
+    let one = guest.process(1, "init");
+    let probes = guest.layout.returns.probes.as_mut().unwrap();
+    probes.place = Place::Table {
+        start: TABLE,
+        buckets: 4,
+        task: 0x30,
+    };
+    guest.fake.put_u64(TABLE.offset(0x18).at(SLIDE), 0);
+    assert!(guest.holdouts().is_empty());
+    let nodes = [guest.alloc(0x40), guest.alloc(0x40)];
+    for (node, (task, next)) in nodes.iter().zip([(one, nodes[1].0 + 0x10), (HEAP, 0)]) {
+        guest.fake.put_u64(node.offset(0x10), next);
+        guest.fake.put_u64(node.offset(0x20), W.0);
+        guest.fake.put_u64(node.offset(0x30), task.0);
+    }
+    let bucket = TABLE.offset(0x18).at(SLIDE);
+    guest.fake.put_u64(bucket, nodes[0].0 + 0x10);
+    let told = |who: &str, node: Gva| {
+        let at = node.offset(0x20);
+        format!(
+            "{who} (pid {}) returns to {W} by a tracer at {at}",
+            u32::from(who == "init")
+        )
+    };
+    let expected = [told("init", nodes[0]), told("unknown task", nodes[1])];
+    assert_eq!(guest.holdouts(), expected);
+    guest.fake.put_u64(nodes[1].offset(0x10), nodes[0].0 + 0x10);
     assert!(matches!(guest.scan(), Err(TaskError::Circle { .. })));
 }
 

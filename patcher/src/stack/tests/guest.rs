@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::super::layout::{
-    BpfLayout, CpuLayout, GraphLayout, RegsLayout, RethookLayout, SwitchedLayout, TrampolineLayout,
+    BpfLayout, CpuLayout, GraphLayout, RegsLayout, SwitchedLayout, TrampolineLayout,
 };
 use super::super::names::Names;
 use super::super::*;
@@ -13,7 +13,7 @@ use crate::guest::{Gpa, Gva, LinkAddr, Slide, StoppedGuest, Vcpu, VcpuRegisters}
 use crate::space::{Located, PerCpu, PerCpuVariable};
 use crate::symbols::{Layout, Module, OffsetForm};
 use crate::synthetic::{ElfSection, Kallsyms, Orc, TEXT, TYPES, vmlinux_with};
-use crate::tasks::{Task, TaskAddr};
+use crate::tasks::{Place, ReturnProbes, Task, TaskAddr};
 use crate::types::Field;
 
 pub(super) const SLIDE: Slide = Slide(0x20_0000);
@@ -36,6 +36,9 @@ pub(super) const RETHOOK: LinkAddr = LinkAddr(TEXT.0 + 0xb000);
 const LISTS: LinkAddr = LinkAddr(TEXT.0 + 0xd000);
 pub(super) const TRAMPOLINES: LinkAddr = LISTS;
 pub(super) const PROGRAMS: LinkAddr = LinkAddr(LISTS.0 + 0x10);
+
+/// Room for a table of lists.
+pub(super) const TABLE: LinkAddr = LinkAddr(LISTS.0 + 0x20);
 
 pub(super) const STACK: Gva = Gva(0xffff_c900_0001_0000);
 pub(super) const STACK_SIZE: u64 = 0x4000;
@@ -104,10 +107,10 @@ fn layout() -> StackLayout {
             slot: 0x10,
             in_words: true,
         }),
-        rethook: Some(RethookLayout {
+        probes: Some(ReturnProbes {
             trampoline: RETHOOK,
-            first: 0x20,
-            node: 8,
+            place: Place::Tasks { first: 0x20 },
+            link: 8,
             address: 0x18,
             slot: 0x20,
         }),

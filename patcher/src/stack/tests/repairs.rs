@@ -3,6 +3,7 @@
 use super::guest::*;
 use crate::guest::{Gva, LinkAddr};
 use crate::stack::*;
+use crate::tasks::Place;
 
 const GRAPH: Gva = Gva(HEAP.0 + 0x1000);
 const NODES: Gva = Gva(HEAP.0 + 0x2000);
@@ -99,6 +100,26 @@ fn return_probes_give_back_what_they_took() {
         &mut guest,
         &[(3, slot + 8), (real(), slot), (trampoline, slot), (4, 0)],
     );
+    assert_repaired(&guest, RETHOOK);
+}
+
+/// Before 5.11 there is one table for all tasks.
+#[test]
+fn a_table_of_return_probes_gives_back_what_was_taken_from_this_task() {
+    let mut guest = Guest::new();
+    let slot = thread(&mut guest, RETHOOK);
+    guest.layout.probes.as_mut().unwrap().place = Place::Table {
+        start: TABLE,
+        buckets: 2,
+        task: 0x28,
+    };
+    rethooks(&mut guest, &[(real(), slot), (3, slot)]);
+    // The newest node.
+    let bucket = TABLE.offset(8).at(SLIDE);
+    guest.fake.put_u64(bucket, NODES.0 + 0x48);
+    assert_eq!(guest.why(), Why::LostReturn { slot: Gva(slot) });
+    guest.fake.put_u64(NODES.offset(0x28), TASK.0);
+    guest.fake.put_u64(NODES.offset(0x68), TASK.0 + 1);
     assert_repaired(&guest, RETHOOK);
 }
 
