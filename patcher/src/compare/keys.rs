@@ -22,6 +22,8 @@ const JUMP: u8 = 0xe9;
 const SHORT_JUMP: u8 = 0xeb;
 /// `cs cs cs xor %eax, %eax`: what takes the place of a call of `__static_call_return0`.
 const XOR5: [u8; 5] = [0x2e, 0x2e, 0x2e, 0x31, 0xc0];
+/// `ud1 (%edx), %rdi`: what takes the place of a call of `__WARN_trap` (6.19 and later).
+const WARN: [u8; 5] = [0x67, 0x48, 0x0f, 0xb9, 0x3a];
 /// Flags in the low bits of a pointer to a key.
 const FLAGS: u64 = 3;
 
@@ -178,9 +180,8 @@ pub(super) fn static_calls(
         .field("static_call_key", "func")
         .map_err(LayoutError::from)?;
     let mut keys = Read::new(view, func.size);
-    let nothing = view
-        .symbol("__static_call_return0")
-        .map(|at| view.run_time(at));
+    let function = |name| view.symbol(name).map(|at| view.run_time(at));
+    let (nothing, warning) = (function("__static_call_return0"), function("__WARN_trap"));
     let unreadable = |source| CompareError::Read {
         what: "a static call's key",
         source,
@@ -200,6 +201,7 @@ pub(super) fn static_calls(
         let bytes = match (tail, func.0) {
             (false, 0) => Some(nop(5).to_vec()),
             (false, _) if Some(func) == nothing => Some(XOR5.to_vec()),
+            (false, _) if Some(func) == warning => Some(WARN.to_vec()),
             (false, _) => sheet.branch(CALL, site, func).map(|call| call.to_vec()),
             (true, _) if first == 0x0f => conditional(sheet, returns, site, func),
             (true, 0) => Some(returns.at(sheet, site).to_vec()),
@@ -267,48 +269,4 @@ fn conditional(sheet: &Sheet, returns: &Returns, site: LinkAddr, func: Gva) -> O
     };
     let [_, a, b, c, d] = sheet.branch(JUMP, site.offset(1), target)?;
     Some(vec![0x0f, condition, a, b, c, d])
-}
-
-/// Values that the boot writes into instructions (include/asm-generic/runtime-const.h, 6.11 and
-/// later): each table is a section named after the variable.
-pub(super) fn runtime_constants(view: &View<'_>, sheet: &mut Sheet) -> Result<(), CompareError> {
-    let sections = view.kernel.image().sections();
-    for section in sections {
-        let name = section.name.as_str();
-        let (variable, len) = match (
-            name.strip_prefix("runtime_ptr_"),
-            name.strip_prefix("runtime_shift_"),
-        ) {
-            (Some(variable), _) => (variable, 8),
-            (_, Some(variable)) => (variable, 1),
-            _ => continue,
-        };
-        let Some(bytes) = view.kernel.image().section_bytes(section) else {
-            continue;
-        };
-        let value = match view.symbol(variable) {
-            Some(at) => Some(view.bytes(at, len, "a runtime constant")?),
-            None => None,
-        };
-        for (n, raw) in (0_u64..).zip(bytes.chunks_exact(4)) {
-            let distance = raw.first_chunk().map_or(0, |raw| i32::from_le_bytes(*raw));
-            let at = section.address.offset(n * 4).displace(distance.into());
-            let value = match &value {
-                Some(value) => value.clone(),
-                None => limit(view, at)?,
-            };
-            sheet.put(at, &value, Class::RuntimeConstant);
-        }
-    }
-    Ok(())
-}
-
-/// `USER_PTR_MAX`, which is no variable: the end of user space with 4 or with 5 levels of page
-/// tables (`task_size_max`), the one that the guest chose.
-fn limit(view: &View<'_>, at: LinkAddr) -> Result<Vec<u8>, CompareError> {
-    let found = view.bytes(at, 8, "a runtime constant")?;
-    let limits = [47, 56].map(|bits| ((1_u64 << bits) - 0x1000).to_le_bytes());
-    let [usual, large] = limits;
-    let chosen = if found == large { large } else { usual };
-    Ok(chosen.to_vec())
 }

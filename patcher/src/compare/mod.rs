@@ -11,7 +11,7 @@
 //! Not guaranteed: that the variables themselves are as the guest's owner wants them; that text
 //! outside `[_stext, _etext)` (modules, BPF, trampolines) is unchanged. Choices that the boot made by
 //! CPU features are checked against the features as they are now. Known are kernels from 6.1 to
-//! 6.12; one that uses thunks against indirect target selection (ITS) is named as a doubt.
+//! 7.3; one that uses thunks against indirect target selection (ITS) is named as a doubt.
 //!
 //! KASLR: a bzImage lists the words that it changes, and so does what was unpacked from one. For a
 //! vmlinux without that list, an operand of an instruction that has grown or shrunk by exactly the
@@ -19,6 +19,7 @@
 
 mod alternatives;
 mod boot;
+mod constants;
 mod depth;
 mod difference;
 mod keys;
@@ -79,6 +80,8 @@ pub struct Expected<'a> {
     text: Range<LinkAddr>,
     /// The kernel's file lists its relocations.
     listed: bool,
+    /// What could not be checked.
+    doubts: Vec<String>,
 }
 
 impl<'a> Expected<'a> {
@@ -113,12 +116,13 @@ impl<'a> Expected<'a> {
         }
         boot::seals(&view, &mut sheet)?;
         boot::locks(&view, &mut sheet)?;
-        keys::runtime_constants(&view, &mut sheet)?;
+        let doubts = constants::runtime_constants(&view, &mut sheet, &text)?;
         Ok(Self {
             view,
             sheet,
             text,
             listed,
+            doubts,
         })
     }
 
@@ -153,6 +157,7 @@ impl<'a> Expected<'a> {
     /// As [`compare`].
     pub fn compare(self, ours: &[Applied]) -> Result<Comparison, CompareError> {
         let mut comparison = difference::of(&self.view, self.sheet, self.text, self.listed, ours)?;
+        comparison.doubts.extend(self.doubts);
         comparison.doubts.extend(doubts(&self.view)?);
         Ok(comparison)
     }
