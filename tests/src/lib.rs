@@ -28,13 +28,16 @@ mod needs;
 mod place;
 mod qmp;
 mod ran;
+mod series;
 pub mod tally;
 
 pub use boot::Boot;
 pub use failure::{Failure, TestResult};
 pub use guest::Guest;
-pub use needs::{REPLACED, initramfs, kernel, python_client, replacement, stillpoint};
-pub use place::{on_host, on_kvm, on_kvm_with};
+pub use needs::{
+    REPLACED, debug_kernel, drgn_script, initramfs, kernel, python_client, replacement, stillpoint,
+};
+pub use place::{on_host, on_kvm, on_kvm_then_here, on_kvm_with};
 pub use qmp::{Qmp, QmpError};
 pub use ran::Ran;
 

@@ -46,6 +46,23 @@ pub fn python_client(name: &str) -> Result<PathBuf, Failure> {
     Err(Failure::new(text))
 }
 
+/// The script for drgn that is called `name`.
+#[must_use]
+pub fn drgn_script(name: &str) -> PathBuf {
+    checkout().join(format!("tests/clients/drgn_{name}.py"))
+}
+
+/// A kernel's file with its debugging symbols, fetched when it is not there yet.
+///
+/// # Errors
+///
+/// When it cannot be had.
+pub fn debug_kernel(name: &str) -> Result<PathBuf, Failure> {
+    let script = checkout().join("guest-images/debug-kernel");
+    run(Command::new(script).arg(name)).map_err(Failure::new)?;
+    Ok(kernel(name).join("vmlinux-debug"))
+}
+
 /// Our binary, of the same profile as this test.
 ///
 /// # Errors

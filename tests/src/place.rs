@@ -64,6 +64,33 @@ pub fn on_kvm_with(kernels: &[&str], test: impl FnOnce() -> TestResult) -> TestR
     }
 }
 
+/// Runs `in_guests` where guests can run and then, when that went well, `here` on this host: what
+/// takes the time of a whole machine, or writes much, has no place in the lab. Both get one folder,
+/// which is removed at the end.
+///
+/// # Errors
+///
+/// As [`on_kvm`], and those of `here`.
+pub fn on_kvm_then_here(
+    kernels: &[&str],
+    in_guests: impl FnOnce(&Path) -> TestResult,
+    here: impl FnOnce(&Path) -> TestResult,
+) -> TestResult {
+    // In the lab only what is in this folder stays.
+    if let Some(share) = std::env::var_os(lab::INSIDE) {
+        let folder = Path::new(&share).join(own_name()?);
+        return on_kvm_with(kernels, || in_guests(&folder));
+    }
+    let folder = lab::Home::open()?.share().join(own_name()?);
+    // One that was killed left it there.
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder)?;
+    let result = on_kvm_with(kernels, || in_guests(&folder))
+        .and_then(|()| console::printed_on_failure(|| here(&folder)));
+    std::fs::remove_dir_all(&folder)?;
+    result
+}
+
 /// Runs a test that needs our binary and images but no guest: always here.
 ///
 /// # Errors

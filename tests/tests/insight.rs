@@ -199,19 +199,13 @@ const MODULES: [&str; 5] = [
     "kernel/net/vmw_vsock/vsock",
 ];
 
-/// Where a module's file is, and its name.
-fn module_file(folder: &Path, module: &str) -> Result<(PathBuf, String), Failure> {
-    for suffix in ["ko", "ko.xz", "ko.zst"] {
+/// Where a module's file is, and its name. Not every kernel has each of them.
+fn module_file(folder: &Path, module: &str) -> Option<(PathBuf, String)> {
+    ["ko", "ko.xz", "ko.zst"].iter().find_map(|suffix| {
         let file = folder.join(format!("modules/{module}.{suffix}"));
-        if file.exists() {
-            let name = module.rsplit('/').next().unwrap_or(module);
-            return Ok((file, format!("/{name}.{suffix}")));
-        }
-    }
-    Err(Failure::new(format!(
-        "no module {module} in {}",
-        folder.display()
-    )))
+        let name = module.rsplit('/').next()?;
+        file.exists().then(|| (file, format!("/{name}.{suffix}")))
+    })
 }
 
 /// Every symbol as a line of /proc/kallsyms.
@@ -238,8 +232,12 @@ fn shows_symbols(name: &str) -> TestResult {
     let folder = kernel(name);
     let mut boot = Guest::boot(name).cpus(1).memory("512M");
     let mut load = String::from("true");
+    let mut loaded = 0;
     for module in MODULES {
-        let (file, at) = module_file(&folder, module)?;
+        let Some((file, at)) = module_file(&folder, module) else {
+            continue;
+        };
+        loaded += 1;
         boot = boot.file(&at, &file);
         load.push_str(&format!(" && insmod {at}"));
     }
@@ -272,7 +270,7 @@ fn shows_symbols(name: &str) -> TestResult {
         .collect();
     let listed = guest.sh("awk '{print $1, $2, $3, $5, $6}' /proc/modules")?;
     let listed: Vec<&str> = listed.lines().filter(|line| !line.is_empty()).collect();
-    assert!(listed.len() >= MODULES.len() + 2, "{listed:?}");
+    assert!(listed.len() >= loaded, "{listed:?}");
     assert_eq!(ours, listed);
 
     guest.sh("echo 0 >/proc/sys/kernel/kptr_restrict; cat /proc/kallsyms >/tmp/kallsyms")?;
@@ -282,12 +280,18 @@ fn shows_symbols(name: &str) -> TestResult {
         return Err(first_difference(&guest, &ours)?);
     }
     assert!(ours.len() > 80_000, "{}", ours.len());
-    assert!(ours.iter().any(|line| line.ends_with("[nf_conntrack]")));
+    if loaded != 0 {
+        one_of_a_module(&guest, &ours)?;
+    }
+    assert_eq!(guest.complaints()?, "");
+    Ok(())
+}
 
-    // The address of a function in a module is told as the kernel would print it.
+/// The address of a function in a module is told as the kernel would print it.
+fn one_of_a_module(guest: &Guest, ours: &[String]) -> TestResult {
     let function = ours
         .iter()
-        .find(|line| line.contains(" t ") && line.ends_with("[vsock]"));
+        .find(|line| line.contains(" t ") && line.ends_with("[nf_conntrack]"));
     let function = function.map(String::as_str).unwrap_or_default();
     let (address, rest) = function.split_once(" t ").unwrap_or_default();
     let symbol = rest.split('\t').next().unwrap_or_default();
@@ -298,8 +302,7 @@ fn shows_symbols(name: &str) -> TestResult {
         shown.starts_with(&format!("{symbol}+0x0/")),
         "{function}: {shown}"
     );
-    assert!(shown.ends_with(" [vsock]\n"), "{shown}");
-    assert_eq!(guest.complaints()?, "");
+    assert!(shown.ends_with(" [nf_conntrack]\n"), "{shown}");
     Ok(())
 }
 
@@ -346,4 +349,15 @@ fn symbols_of_6_12_are_those_of_kallsyms() -> TestResult {
 #[test]
 fn symbols_of_6_1_are_those_of_kallsyms() -> TestResult {
     on_kvm(|| shows_symbols("6.1"))
+}
+
+/// The same on the other series.
+#[cfg(feature = "full")]
+mod series {
+    mod tasks {
+        stillpoint_tests::on_every_series!(crate::shows_tasks);
+    }
+    mod symbols {
+        stillpoint_tests::on_every_series!(crate::shows_symbols);
+    }
 }

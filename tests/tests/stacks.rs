@@ -140,7 +140,10 @@ fn sleepers(kernel: &str) -> TestResult {
     assert!(agreed > 30, "{agreed}");
 
     // Code of a module, where this kernel has the driver as one.
-    if guest.sh("ls /dev/input")?.contains("event0") {
+    if guest
+        .sh("ls /dev/input 2>/dev/null || true")?
+        .contains("event0")
+    {
         let reader = of_started(&guest, &mut qmp, "cat /dev/input/event0")?;
         assert_eq!(reader["reliable"], true, "{reader}");
         let frames = frames(&reader);
@@ -193,7 +196,14 @@ fn traced(guest: &Guest, qmp: &mut Qmp) -> TestResult {
         "echo nop >current_tracer; echo r:back hrtimer_nanosleep >kprobe_events; echo 1 >events/kprobes/back/enable",
     )?;
     assert!(on_sleepers(guest, qmp)? > 0);
-    agree(guest, qmp)?;
+    // Before 5.18 the kernel's own unwinder does not see what return probes took.
+    if guest
+        .sh("grep -c arch_rethook_trampoline /proc/kallsyms || true")?
+        .trim()
+        != "0"
+    {
+        agree(guest, qmp)?;
+    }
     // Both, and on the same function, one above the other: where the kernel's own unwinder fails.
     tracing(
         "echo hrtimer_nanosleep do_nanosleep >set_ftrace_filter; echo function_graph >current_tracer",
@@ -325,4 +335,15 @@ fn running_tasks_on_6_12() -> TestResult {
 #[test]
 fn running_tasks_on_6_1() -> TestResult {
     on_kvm(|| runners("6.1"))
+}
+
+/// The same on the other series.
+#[cfg(feature = "full")]
+mod series {
+    mod sleeping {
+        stillpoint_tests::on_every_series!(crate::sleepers);
+    }
+    mod running {
+        stillpoint_tests::on_every_series!(crate::runners);
+    }
 }
