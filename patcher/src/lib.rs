@@ -8,12 +8,14 @@
 pub mod arena;
 pub mod compare;
 pub mod error;
+pub mod grace;
 pub mod guest;
 mod hash;
 pub mod image;
 mod kernel;
 pub mod klog;
 pub mod patch;
+pub mod probe;
 pub mod space;
 pub mod stack;
 pub mod symbols;

@@ -214,6 +214,16 @@ impl Arena {
         guest.write(gpa, bytes).map_err(ArenaError::Write)
     }
 
+    /// The first word of a slot, straight from the block's memory.
+    ///
+    /// # Errors
+    /// [`ArenaError::Write`] when it cannot be read.
+    pub fn read_u64(&self, guest: &dyn GuestMemory, slot: Slot) -> Result<u64, ArenaError> {
+        let block = self.block(slot);
+        let gpa = block.gpa.offset(slot.at.distance_from(block.at));
+        guest.read_u64(gpa).map_err(ArenaError::Write)
+    }
+
     fn block(&self, slot: Slot) -> &Block {
         if self.code.holds(slot.at) {
             &self.code

@@ -6,6 +6,7 @@ use super::PatchError;
 use super::knowledge::{Function, Knowledge};
 use super::ledger::Ledger;
 use super::report::{Evidence, FtraceMark};
+use super::retire::Retirement;
 use crate::guest::{Activity, Gva, LinkAddr, StoppedGuest, Vcpu};
 use crate::space::Located;
 use crate::tasks::{Context, Found, Hit, Windows, scan};
@@ -19,6 +20,8 @@ pub(super) struct Check<'a> {
     pub(super) know: &'a Knowledge,
     pub(super) located: &'a Located,
     pub(super) guest: &'a dyn StoppedGuest,
+    pub(super) ledger: &'a Ledger,
+    pub(super) retired: &'a Retirement,
 }
 
 impl Check<'_> {
@@ -187,7 +190,8 @@ impl Check<'_> {
         if one_instruction {
             return Ok(Evidence::SingleInstruction);
         }
-        let windows = Windows::new([bytes.start.offset(1)..bytes.end]);
+        let inside = bytes.start.offset(1)..bytes.end;
+        let windows = Windows::new(self.going_on_into(&inside).chain([inside.clone()]));
         let space = self.located.space(&self.guest);
         let scanned = scan(
             &space,
@@ -203,6 +207,19 @@ impl Check<'_> {
             tasks: scanned.tasks,
             vcpus: scanned.vcpus,
         })
+    }
+
+    /// Code of ours, retired code too, that goes on inside `bytes` by itself: whoever is there will
+    /// be in the bytes, and no stack tells so.
+    fn going_on_into<'s>(&'s self, bytes: &'s Range<Gva>) -> impl Iterator<Item = Range<Gva>> + 's {
+        let applied = self.ledger.applied().filter_map(|entry| {
+            let placed = entry.code.as_ref()?;
+            Some((placed.code, placed.goes_on.as_slice()))
+        });
+        applied
+            .chain(self.retired.going_on())
+            .filter(|(_, goes_on)| goes_on.iter().any(|at| bytes.contains(at)))
+            .map(|(code, _)| code.range())
     }
 }
 

@@ -2,8 +2,10 @@
 
 use super::EntryId;
 use super::code::{LinkError, ObjectError};
+use super::report::Retired;
 use crate::arena::ArenaError;
 use crate::guest::Gva;
+use crate::probe::DisplaceError;
 use crate::space::{LayoutError, LocateError, SpaceError};
 use crate::symbols::{ModulesError, SiteError};
 use crate::tasks::{Hit, TaskError};
@@ -37,6 +39,17 @@ pub enum PatchError {
         /// Where it leads.
         to: Gva,
     },
+    /// The function jumps to addresses that it computes, perhaps into the bytes.
+    #[error(
+        "the function jumps to a computed address at {from}, which may be inside the bytes: choose an instruction of at least 5 bytes"
+    )]
+    JumpUnknown {
+        /// The jump.
+        from: Gva,
+    },
+    /// An instruction at the site cannot run anywhere else.
+    #[error(transparent)]
+    Displace(#[from] DisplaceError),
     /// The new code cannot be used.
     #[error("the new code cannot be used")]
     Code(#[from] ObjectError),
@@ -120,6 +133,26 @@ pub enum PatchError {
     /// Writing failed.
     #[error("the guest's text cannot be written")]
     Write(#[from] WriteError),
+    /// Somebody may still be in code that was unhooked.
+    #[error("the grace period has not passed: {}", holdouts(waiting))]
+    Waiting {
+        /// What was unhooked and somebody may still be in.
+        waiting: Vec<Retired>,
+    },
+    /// A cookie that was never given.
+    #[error("there is no grace period {cookie}: the last cookie that was given is {last}")]
+    NoSuchCookie {
+        /// As it was given.
+        cookie: u64,
+        /// The last one there is.
+        last: u64,
+    },
+    /// There is no such probe.
+    #[error("there is no probe {id} in the guest")]
+    NoSuchProbe {
+        /// As it was given.
+        id: EntryId,
+    },
     /// There is no such change.
     #[error("there is no change {id} in the guest")]
     NoSuchEntry {
@@ -133,7 +166,7 @@ impl PatchError {
     #[must_use]
     pub fn passes(&self) -> bool {
         match self {
-            Self::Busy(_) | Self::Occupied { .. } => true,
+            Self::Busy(_) | Self::Occupied { .. } | Self::Waiting { .. } => true,
             Self::Tasks(error) => error.passes(),
             Self::Locate(error) => matches!(error, LocateError::Nested),
             _ => false,
@@ -151,7 +184,8 @@ impl PatchError {
             Self::Region(RegionError::Init { .. }) => "InitText",
             Self::Region(RegionError::Forbidden { .. }) => "ForbiddenText",
             Self::Decode(_) => "NotWholeInstructions",
-            Self::JumpInside { .. } => "JumpInside",
+            Self::JumpInside { .. } | Self::JumpUnknown { .. } => "JumpInside",
+            Self::Displace(_) => "CannotMove",
             Self::Code(_) => "BadCode",
             Self::Link(_) => "OutOfReach",
             Self::Locate(LocateError::StillBooting { .. }) => "StillBooting",
@@ -171,8 +205,25 @@ impl PatchError {
             Self::Ftrace(_) => "FtraceUnknown",
             Self::Arena(_) => "Arena",
             Self::Write(_) => "WriteFailed",
-            Self::NoSuchEntry { .. } => "NoSuchEntry",
+            Self::Waiting { .. } => "GracePeriod",
+            Self::NoSuchCookie { .. } => "NoSuchCookie",
+            Self::NoSuchEntry { .. } | Self::NoSuchProbe { .. } => "NoSuchEntry",
         }
+    }
+}
+
+fn holdouts(waiting: &[Retired]) -> String {
+    let mut all = waiting.iter().flat_map(|retired| {
+        let id = retired.id;
+        let held = retired.held_by.iter();
+        held.map(move |holdout| format!("change {id} is held up: {holdout}"))
+    });
+    match all.next() {
+        None => "it has not been looked at yet".into(),
+        Some(first) => match all.count() {
+            0 => first,
+            more => format!("{first}, and {more} more"),
+        },
     }
 }
 

@@ -12,6 +12,7 @@ use crate::stack::StackLayout;
 use crate::symbols::ModulesLayout;
 use crate::tasks::{SurveyLayout, TaskLayout};
 use crate::text::{BusyLayout, FtraceLayout, KprobesLayout, Regions, Rewritten};
+use crate::types::Field;
 
 /// Return sites that are looked at to learn what the boot made of them.
 const SAMPLES: usize = 4;
@@ -35,6 +36,8 @@ pub(super) struct Knowledge {
     pub(super) ftrace: Option<FtraceLayout>,
     pub(super) kprobes: Option<KprobesLayout>,
     pub(super) arena: ArenaLayout,
+    /// `task_struct.nvcsw`, where it proves that a task was out of code that cannot sleep.
+    pub(super) switches: Option<Field>,
     /// Some jumps that stand for returns.
     return_sites: Vec<LinkAddr>,
 }
@@ -53,6 +56,7 @@ impl Knowledge {
             ftrace: FtraceLayout::of(&kernel)?,
             kprobes: KprobesLayout::of(&kernel),
             arena: ArenaLayout::of(&kernel)?,
+            switches: switches(&kernel),
             return_sites: return_sites(&kernel, &regions),
             regions,
             kernel,
@@ -111,6 +115,13 @@ impl Knowledge {
         }
         ReturnSites::AsBuilt
     }
+}
+
+/// With PREEMPT_RT any spinlock may sleep, so a voluntary switch says nothing.
+fn switches(kernel: &Kernel) -> Option<Field> {
+    let sleeping_locks = kernel.banner().text.contains("PREEMPT_RT");
+    let field = kernel.types().field("task_struct", "nvcsw").ok()?;
+    (!sleeping_locks).then_some(field)
 }
 
 /// A function of the kernel.

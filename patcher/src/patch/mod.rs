@@ -10,10 +10,13 @@ pub mod code;
 
 mod check;
 mod error;
+mod grace;
+mod hook;
 mod knowledge;
 mod ledger;
 mod patcher;
 mod placing;
+mod probe;
 mod redirect;
 mod report;
 mod retire;
@@ -22,7 +25,9 @@ mod text_patch;
 mod writing;
 
 pub use error::PatchError;
+pub use grace::Cookie;
 pub use patcher::Patcher;
+pub use probe::{Detached, PreparedProbe, ProbeInfo, ProbeRequest};
 pub use redirect::{NewCode, PreparedRedirect, RedirectRequest};
 pub use report::{
     Applied, Bytes, Closed, Collected, End, EntryId, Evidence, Forgotten, FtraceMark, KernelReport,

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::check::Check;
+use super::hook::Hook;
 use super::knowledge::Knowledge;
 use super::ledger::Ledger;
-use super::placing::{NewPlace, Placing, give_back};
 use super::redirect::{PreparedRedirect, RedirectRequest};
 use super::report::{
     Applied, Bytes, Collected, Forgotten, KernelReport, Kind, Listing, Origin, Reverted,
 };
 use super::retire::{Content, Retirement};
 use super::text_patch::{PreparedText, TextRequest};
-use super::writing::{change, is_there, jump, still_ours, unmark};
+use super::writing::{change, is_there, still_ours, unmark};
 use super::{EntryId, PatchError};
 use crate::Kernel;
 use crate::arena::Arena;
@@ -37,11 +37,11 @@ pub struct Patcher {
     pub(super) know: Knowledge,
     /// Where the kernel was found last.
     found: Option<Arc<Located>>,
-    ledger: Ledger,
-    arena: Option<Arena>,
+    pub(super) ledger: Ledger,
+    pub(super) arena: Option<Arena>,
     /// What the code of each applied redirect is.
-    contents: BTreeMap<EntryId, Content>,
-    retired: Retirement,
+    pub(super) contents: BTreeMap<EntryId, Content>,
+    pub(super) retired: Retirement,
 }
 
 impl Patcher {
@@ -224,50 +224,19 @@ impl Patcher {
     ) -> Result<Applied, PatchError> {
         let found = self.identify(guest)?;
         let ready = prepared.check(&self.check(&found, guest), &self.ledger)?;
-        let NewPlace {
-            placed,
-            content,
-            fresh,
-        } = Placing {
-            know: &self.know,
-            located: &found,
-            arena: &mut self.arena,
-            retired: &mut self.retired,
-        }
-        .place(guest, &prepared.code, ready.entry)?;
-        let address = ready.nop.at(found.slide);
-        let changed = jump(address, placed.entry).and_then(|jump| {
-            change(guest, found.root, ready.ftrace, address, &jump)?;
-            Ok(jump)
-        });
-        let id = self.ledger.next();
-        let jump = match changed {
-            Ok(jump) => jump,
-            Err(error) => {
-                match &mut self.arena {
-                    Some(arena) if fresh => give_back(guest, arena, placed.code, placed.data),
-                    // Somebody may still be in it from its first life.
-                    _ => self.retired.add(id, &placed, content),
-                }
-                return Err(error);
-            }
-        };
-        let entry = Applied {
-            id,
+        let hook = Hook {
             kind: Kind::Redirect,
             site: prepared.site.to_string(),
             place: ready.function.place(ready.nop),
-            address,
-            before: Bytes(NOP5.to_vec()),
-            after: Bytes(jump.to_vec()),
+            at: ready.nop.at(found.slide),
+            before: NOP5.to_vec(),
             evidence: ready.evidence,
             ftrace: ready.ftrace,
-            code: Some(placed),
-            origin: origin.clone(),
+            code: &prepared.code,
+            entry: ready.entry,
+            goes_on: Vec::new(),
         };
-        self.contents.insert(id, content);
-        self.ledger.add(entry.clone());
-        Ok(entry)
+        self.hook(guest, &found, hook, origin)
     }
 
     /// Takes a change back, and frees retired code that nobody is in.
@@ -300,8 +269,8 @@ impl Patcher {
         let unmark = unmark(&self.know, guest, &found, entry.ftrace);
         change(guest, root, unmark, entry.address, &entry.before.0)?;
         self.ledger.revert(id, origin.clone());
-        if let (Some(placed), Some(content)) = (&entry.code, self.contents.remove(&id)) {
-            self.retired.add(id, placed, content);
+        if let Some(content) = self.contents.remove(&id) {
+            self.retired.add(&entry, origin.at_ms, content);
         }
         Ok(Reverted {
             entry,
@@ -362,11 +331,17 @@ impl Patcher {
         }
     }
 
-    fn check<'a>(&'a self, located: &'a Located, guest: &'a dyn StoppedGuest) -> Check<'a> {
+    pub(super) fn check<'a>(
+        &'a self,
+        located: &'a Located,
+        guest: &'a dyn StoppedGuest,
+    ) -> Check<'a> {
         Check {
             know: &self.know,
             located,
             guest,
+            ledger: &self.ledger,
+            retired: &self.retired,
         }
     }
 
@@ -465,9 +440,7 @@ impl Patcher {
 
     fn collect_in(&mut self, guest: &mut dyn StoppedGuest, located: &Located) -> Collected {
         match &mut self.arena {
-            Some(arena) => self
-                .retired
-                .collect(guest, located, &self.know.tasks, arena),
+            Some(arena) => self.retired.collect(guest, located, &self.know, arena),
             None => Collected::default(),
         }
     }

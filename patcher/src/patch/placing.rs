@@ -62,6 +62,7 @@ impl Placing<'_> {
                 code: slot,
                 data,
                 entry: slot.at.offset(entry),
+                goes_on: Vec::new(),
                 keep: code.keep.clone(),
             },
             content: Content {

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::arena::{ArenaReport, Slot};
+use crate::grace::{Clearance, Holdout};
 use crate::guest::Gva;
 use crate::text::hex;
 
@@ -51,6 +52,8 @@ pub enum Kind {
     Text,
     /// A jump from a function's entry to code in the arena.
     Redirect,
+    /// A jump from anywhere in a function to a trampoline, which comes back.
+    Probe,
 }
 
 /// Why it was safe to change the bytes in this stop.
@@ -92,6 +95,8 @@ pub struct PlacedCode {
     pub data: Option<Slot>,
     /// The function that is jumped to.
     pub entry: Gva,
+    /// Where it goes on in the guest's own text by itself: no stack tells of that.
+    pub goes_on: Vec<Gva>,
     /// Why the memory will be kept after the change is reverted, when it will.
     pub keep: Option<String>,
 }
@@ -148,10 +153,16 @@ pub struct Retired {
     pub code: Slot,
     /// Where its data are.
     pub data: Option<Slot>,
+    /// Where it goes on in the guest's own text by itself.
+    pub goes_on: Vec<Gva>,
     /// Why it is kept for good, when it is.
     pub keep: Option<String>,
+    /// When it was unhooked: milliseconds since 1970, by the host's clock.
+    pub since_ms: u64,
     /// Who stood in the way when it was last tried to free it.
-    pub held_by: Vec<String>,
+    pub held_by: Vec<Holdout>,
+    /// Why it is not free though nobody stands in the way, when that is so.
+    pub stuck: Option<String>,
 }
 
 /// What became of retired code at a stop.
@@ -162,6 +173,8 @@ pub struct Collected {
     pub freed: Vec<EntryId>,
     /// Retired code that is still there.
     pub retired: Vec<Retired>,
+    /// Contexts that had a stale address of retired code, and why they were clear all the same.
+    pub cleared: Vec<Clearance>,
     /// Why nothing could be decided this time, when that is so.
     pub undecided: Option<String>,
 }

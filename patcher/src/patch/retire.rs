@@ -1,30 +1,43 @@
 //! Code that was unhooked, until nobody can be in it.
 //!
 //! Nothing jumps to retired code any more, but a call may still be in it, asleep or preempted, and
-//! would return into whatever takes its place. So it is freed only in a stop in which no stack, no
-//! register and no saved return address has a word in its range. Code that forms an address of its
-//! own is kept for good: such an address may be anywhere.
+//! would return into whatever takes its place. So it is freed only in a stop in which no context
+//! can come back to it ([`crate::grace`]). Code that forms an address of its own is kept for good:
+//! such an address may be anywhere.
+//!
+//! Each piece of retired code has a number, in the order in which it was unhooked. A grace period
+//! cookie is such a number: it has passed when nobody is in any code with that or a lower one.
 
 use super::EntryId;
 use super::code::Code;
-use super::report::{Collected, PlacedCode, Retired};
-use crate::arena::{Arena, Slot};
+use super::knowledge::Knowledge;
+use super::report::{Applied, Collected, Kind, PlacedCode, Retired};
+use super::stacks::unwinder;
+use crate::arena::{Arena, ArenaError, Slot};
 use crate::error::with_causes;
-use crate::guest::StoppedGuest;
+use crate::grace::{Judge, Judgement, Switches};
+use crate::guest::{Gva, StoppedGuest};
 use crate::space::Located;
-use crate::tasks::{TaskLayout, Windows, scan};
+use crate::tasks::{TaskAddr, TaskError, Windows, scan_of, tasks};
 
 /// The retired code of one guest.
 #[derive(Debug, Default)]
 pub(super) struct Retirement {
+    /// The number that was given last. Never given twice.
+    last: u64,
     all: Vec<Entry>,
 }
 
 #[derive(Debug)]
 struct Entry {
+    number: u64,
     report: Retired,
     /// What was placed there, to find it again when the same is placed once more.
     content: Content,
+    /// Nobody is in it any more, though it is kept.
+    clear: bool,
+    /// What is known of voluntary switches; `None` for code that may sleep or call.
+    since: Option<Switches>,
 }
 
 /// What is needed to tell whether code is the same: the code, and the bytes it became.
@@ -35,17 +48,57 @@ pub(super) struct Content {
 }
 
 impl Retirement {
-    pub(super) fn add(&mut self, id: EntryId, placed: &PlacedCode, content: Content) {
+    /// Takes over what `entry` jumped to.
+    pub(super) fn add(&mut self, entry: &Applied, since_ms: u64, content: Content) {
+        if let Some(placed) = &entry.code {
+            // A probe's trampoline neither sleeps nor calls; new functions may do anything.
+            let sleeps = entry.kind != Kind::Probe;
+            self.add_placed(entry.id, placed, since_ms, sleeps, content);
+        }
+    }
+
+    /// The same for code that was never hooked.
+    pub(super) fn add_placed(
+        &mut self,
+        id: EntryId,
+        placed: &PlacedCode,
+        since_ms: u64,
+        sleeps: bool,
+        content: Content,
+    ) {
+        self.last += 1;
         self.all.push(Entry {
+            number: self.last,
             report: Retired {
                 id,
                 code: placed.code,
                 data: placed.data,
+                goes_on: placed.goes_on.clone(),
                 keep: placed.keep.clone(),
+                since_ms,
                 held_by: Vec::new(),
+                stuck: None,
             },
             content,
+            clear: false,
+            since: (!sleeps).then(Switches::new),
         });
+    }
+
+    /// The number of what was unhooked last.
+    pub(super) fn last(&self) -> u64 {
+        self.last
+    }
+
+    /// Nobody is in anything any more that was unhooked up to `number`.
+    pub(super) fn has_passed(&self, number: u64) -> bool {
+        self.pending(number).next().is_none()
+    }
+
+    /// What somebody may still be in, up to `number`.
+    pub(super) fn pending(&self, number: u64) -> impl Iterator<Item = &Retired> {
+        let upto = self.all.iter().filter(move |entry| entry.number <= number);
+        upto.filter(|entry| !entry.clear).map(|entry| &entry.report)
     }
 
     pub(super) fn report(&self) -> Vec<Retired> {
@@ -56,9 +109,18 @@ impl Retirement {
         self.all.is_empty()
     }
 
-    /// Some of it may be freed one day.
+    /// Where retired code is, and where it goes on in the guest's own text.
+    pub(super) fn going_on(&self) -> impl Iterator<Item = (Slot, &[Gva])> {
+        self.all
+            .iter()
+            .map(|entry| (entry.report.code, entry.report.goes_on.as_slice()))
+    }
+
+    /// A look at the guest may change something.
     pub(super) fn can_shrink(&self) -> bool {
-        self.all.iter().any(|entry| entry.report.keep.is_none())
+        self.all
+            .iter()
+            .any(|entry| !entry.clear || entry.report.keep.is_none())
     }
 
     pub(super) fn clear(&mut self) {
@@ -81,34 +143,22 @@ impl Retirement {
         Some((entry.report.code, entry.content))
     }
 
-    /// Frees what nobody can be in.
+    /// Finds out what nobody is in, and frees what may be freed.
     pub(super) fn collect(
         &mut self,
         guest: &mut dyn StoppedGuest,
         located: &Located,
-        layout: &TaskLayout,
+        know: &Knowledge,
         arena: &mut Arena,
     ) -> Collected {
-        let candidates = self.all.iter().filter(|entry| entry.report.keep.is_none());
-        let windows = Windows::new(candidates.map(|entry| entry.report.code.range()));
-        if windows.is_empty() {
+        if !self.can_shrink() {
             return Collected {
                 retired: self.report(),
                 ..Collected::default()
             };
         }
-        let scanned = {
-            let memory = &&*guest;
-            scan(
-                &located.space(memory),
-                located,
-                layout,
-                guest.vcpus(),
-                &windows,
-            )
-        };
-        let scanned = match scanned {
-            Ok(scanned) => scanned,
+        let judgements = match self.judge(guest, located, know) {
+            Ok(judgements) => judgements,
             Err(error) => {
                 return Collected {
                     retired: self.report(),
@@ -119,18 +169,17 @@ impl Retirement {
         };
         let mut collected = Collected::default();
         let mut kept = Vec::new();
-        for mut entry in std::mem::take(&mut self.all) {
-            let report = &mut entry.report;
-            if report.keep.is_none() {
-                report.held_by = scanned.holdouts(&report.code.range());
-                if report.held_by.is_empty() {
-                    match free(guest, arena, report) {
-                        Ok(()) => {
-                            collected.freed.push(report.id);
-                            continue;
-                        }
-                        Err(error) => report.held_by.push(with_causes(&error)),
+        for (mut entry, judgement) in std::mem::take(&mut self.all).into_iter().zip(judgements) {
+            collected.cleared.extend(judgement.cleared);
+            entry.clear = judgement.holdouts.is_empty();
+            entry.report.held_by = judgement.holdouts;
+            if entry.clear && entry.report.keep.is_none() {
+                match free(guest, arena, &mut entry.report) {
+                    Ok(()) => {
+                        collected.freed.push(entry.report.id);
+                        continue;
                     }
+                    Err(error) => entry.report.stuck = Some(with_causes(&error)),
                 }
             }
             kept.push(entry);
@@ -139,13 +188,44 @@ impl Retirement {
         collected.retired = self.report();
         collected
     }
+
+    fn judge(
+        &mut self,
+        guest: &dyn StoppedGuest,
+        located: &Located,
+        know: &Knowledge,
+    ) -> Result<Vec<Judgement>, TaskError> {
+        let ranges = self.all.iter().map(|entry| entry.report.code.range());
+        let windows = Windows::new(ranges);
+        let memory = &guest;
+        let space = located.space(memory);
+        let tasks = tasks(&space, located, &know.tasks)?;
+        let vcpus = guest.vcpus();
+        let scanned = scan_of(&space, located, &know.tasks, vcpus, &windows, &tasks)?;
+        if scanned.is_clear() {
+            return Ok(self.all.iter().map(|_| Judgement::default()).collect());
+        }
+        let layout = know.stack.as_ref().ok();
+        let unwinder = layout.map(|layout| unwinder(know, guest, &space, located, layout));
+        let switches = |task: TaskAddr| {
+            let field = know.switches.as_ref()?;
+            space
+                .read_sized(task.0.offset(field.offset), field.size)
+                .ok()
+        };
+        let judge = Judge::new(&scanned, &tasks, unwinder.as_ref(), &switches);
+        let all = self.all.iter_mut();
+        Ok(all
+            .map(|entry| judge.judge(&entry.report.code.range(), entry.since.as_mut()))
+            .collect())
+    }
 }
 
 fn free(
     guest: &mut dyn StoppedGuest,
     arena: &mut Arena,
     report: &mut Retired,
-) -> Result<(), crate::arena::ArenaError> {
+) -> Result<(), ArenaError> {
     if let Some(data) = report.data {
         arena.free(guest, data)?;
         report.data = None;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::knowledge::Knowledge;
 use super::{PatchError, Patcher};
 use crate::guest::StoppedGuest;
 use crate::space::{Located, Space};
@@ -25,7 +26,7 @@ impl Patcher {
         let memory = &&*guest;
         let space = found.space(memory);
         let tasks = tasks(&space, &found, &self.know.tasks)?;
-        let unwinder = self.unwinder(guest, &space, &found, layout);
+        let unwinder = unwinder(&self.know, guest, &space, &found, layout);
         Ok(unwind(&unwinder, found.slide, tasks, request))
     }
 
@@ -46,7 +47,7 @@ impl Patcher {
         let layout = self.stack_layout()?;
         let memory = &&*guest;
         let space = found.space(memory);
-        let unwinder = self.unwinder(guest, &space, &found, layout);
+        let unwinder = unwinder(&self.know, guest, &space, &found, layout);
         Ok(vcpus(
             &unwinder,
             &space,
@@ -60,20 +61,19 @@ impl Patcher {
     fn stack_layout(&self) -> Result<&StackLayout, PatchError> {
         Ok(self.know.stack.as_ref().map_err(Clone::clone)?)
     }
+}
 
-    /// When the guest's list of modules cannot be believed, their code is unknown.
-    fn unwinder<'a, 'm>(
-        &'a self,
-        guest: &dyn StoppedGuest,
-        space: &'a Space<'m>,
-        found: &'a Located,
-        layout: &'a StackLayout,
-    ) -> Unwinder<'a, 'm> {
-        let know = &self.know;
-        let modules = know.modules.as_ref();
-        let loaded = modules.and_then(|modules| modules.modules(space, found).ok());
-        let vcpus = guest.vcpus();
-        Unwinder::new(&know.kernel, layout, &know.tasks, space, found, vcpus)
-            .with_modules(modules, loaded.unwrap_or_default())
-    }
+/// When the guest's list of modules cannot be believed, their code is unknown.
+pub(super) fn unwinder<'a, 'm>(
+    know: &'a Knowledge,
+    guest: &dyn StoppedGuest,
+    space: &'a Space<'m>,
+    found: &'a Located,
+    layout: &'a StackLayout,
+) -> Unwinder<'a, 'm> {
+    let modules = know.modules.as_ref();
+    let loaded = modules.and_then(|modules| modules.modules(space, found).ok());
+    let vcpus = guest.vcpus();
+    Unwinder::new(&know.kernel, layout, &know.tasks, space, found, vcpus)
+        .with_modules(modules, loaded.unwrap_or_default())
 }

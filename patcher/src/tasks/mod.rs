@@ -49,7 +49,22 @@ pub fn scan(
     windows: &Windows,
 ) -> Result<Scanned, TaskError> {
     let tasks = tasks(space, located, layout)?;
-    scan::Scan::new(space, located, layout, windows).run(vcpus, &tasks)
+    scan_of(space, located, layout, vcpus, windows, &tasks)
+}
+
+/// The same with tasks that [`tasks`] has found in this stop.
+///
+/// # Errors
+/// Those of [`scan`].
+pub fn scan_of(
+    space: &Space<'_>,
+    located: &Located,
+    layout: &TaskLayout,
+    vcpus: &[Vcpu],
+    windows: &Windows,
+    tasks: &[Task],
+) -> Result<Scanned, TaskError> {
+    scan::Scan::new(space, located, layout, windows).run(vcpus, tasks)
 }
 
 #[cfg(test)]

@@ -11,13 +11,13 @@ use std::fmt;
 use std::ops::Range;
 
 use super::layout::TaskLayout;
-use super::list::{Task, TaskError, Walker};
+use super::list::{Task, TaskAddr, TaskError, Walker};
 use super::probes::{Kept, Place};
 use crate::guest::{Activity, Gva, Vcpu, VcpuRegisters};
 use crate::space::{Located, Space};
 
 /// Hits that are told; more say nothing new.
-const MAX_HITS: usize = 64;
+const MAX_HITS: usize = 1024;
 
 /// End of the user's half of the address space, with five levels of page tables.
 const LOWER_HALF: u64 = 1 << 56;
@@ -33,6 +33,8 @@ pub enum Context {
     },
     /// A task.
     Task {
+        /// Its `task_struct`.
+        task: TaskAddr,
         /// Thread id; 0 for idle tasks.
         pid: u32,
         /// Name.
@@ -45,11 +47,14 @@ pub enum Context {
         /// Which of its stacks.
         stack: &'static str,
     },
+    /// There are more than could be told.
+    Unknown,
 }
 
 impl Context {
     fn of(task: &Task) -> Self {
         Self::Task {
+            task: task.address,
             pid: task.pid,
             comm: task.comm.clone(),
         }
@@ -60,8 +65,9 @@ impl fmt::Display for Context {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Vcpu { index } => write!(f, "vCPU {index}"),
-            Self::Task { pid, comm } => write!(f, "{comm} (pid {pid})"),
+            Self::Task { pid, comm, .. } => write!(f, "{comm} (pid {pid})"),
             Self::Cpu { cpu, stack } => write!(f, "{stack} of CPU {cpu}"),
+            Self::Unknown => f.write_str("others"),
         }
     }
 }
@@ -132,19 +138,14 @@ impl Scanned {
         self.hits.is_empty() && !self.more
     }
 
-    /// What may come back to `range`. Empty means that nothing can.
-    pub fn holdouts(&self, range: &Range<Gva>) -> Vec<String> {
-        let unknown = |hit: &Hit| matches!(hit.found, Found::NestedGuest | Found::UnknownStack(_));
-        let mut found: Vec<_> = self
-            .hits
-            .iter()
-            .filter(|hit| unknown(hit) || range.contains(&hit.address))
-            .map(Hit::to_string)
-            .collect();
-        if found.is_empty() && self.more {
-            found.push("more contexts than were told".into());
-        }
-        found
+    /// What was found about `range`, or about a context that may be anywhere.
+    pub fn about(&self, range: &Range<Gva>) -> impl Iterator<Item = &Hit> {
+        self.hits.iter().filter(|hit| match hit.found {
+            Found::NestedGuest | Found::UnknownStack(_) => true,
+            Found::Register(_) | Found::Stack(_) | Found::ShadowReturn(_) => {
+                range.contains(&hit.address)
+            }
+        })
     }
 }
 
@@ -323,10 +324,7 @@ impl<'a, 'm> Scan<'a, 'm> {
             let context = || match owner {
                 Some(task) => Context::of(task),
                 // One that has ended, and whose entry is still there.
-                None => Context::Task {
-                    pid: 0,
-                    comm: "unknown task".into(),
-                },
+                None => Context::Unknown,
             };
             self.kept(&kept, &context);
         }

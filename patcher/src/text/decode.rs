@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic};
 
 use crate::guest::Gva;
 
@@ -136,6 +136,25 @@ pub(crate) fn branches_into(start: Gva, code: &[u8], bytes: &Range<Gva>) -> Vec<
         }
     }
     found
+}
+
+/// The first jump in `code` whose target is computed, through a thunk or not.
+pub(crate) fn indirect_jump(
+    start: Gva,
+    code: &[u8],
+    is_thunk: &dyn Fn(Gva) -> bool,
+) -> Option<Gva> {
+    let decoder = Decoder::with_ip(64, code, start.0, DecoderOptions::NONE);
+    decoder
+        .into_iter()
+        .find(|instruction| match instruction.flow_control() {
+            FlowControl::IndirectBranch => true,
+            FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
+                is_thunk(Gva(instruction.near_branch_target()))
+            }
+            _ => false,
+        })
+        .map(|instruction| Gva(instruction.ip()))
 }
 
 /// Length of the instruction that `bytes` begin with, when they begin with one.

@@ -55,6 +55,8 @@ pub struct Regions {
     blacklist: Vec<Range<LinkAddr>>,
 }
 
+const THUNKS: &str = "the retpoline thunks";
+
 /// Ranges between two symbols, where a kernel has them.
 const FORBIDDEN: [(&str, &str, &str); 6] = [
     ("noinstr text", "__noinstr_text_start", "__noinstr_text_end"),
@@ -62,11 +64,7 @@ const FORBIDDEN: [(&str, &str, &str); 6] = [
     ("idle text", "__cpuidle_text_start", "__cpuidle_text_end"),
     ("kprobes text", "__kprobes_text_start", "__kprobes_text_end"),
     // Called from noinstr text, and rewritten by the mitigations that the boot chose.
-    (
-        "the retpoline thunks",
-        "__indirect_thunk_start",
-        "__indirect_thunk_end",
-    ),
+    (THUNKS, "__indirect_thunk_start", "__indirect_thunk_end"),
     // Rewritten by every static_call_update().
     (
         "the static call trampolines",
@@ -98,6 +96,13 @@ impl Regions {
     #[must_use]
     pub fn text(&self) -> Range<LinkAddr> {
         self.text.clone()
+    }
+
+    /// Whether this is a thunk that jumps to the address in a register.
+    #[must_use]
+    pub fn is_thunk(&self, at: LinkAddr) -> bool {
+        let mut thunks = self.forbidden.iter().filter(|(what, _)| *what == THUNKS);
+        thunks.any(|(_, range)| range.contains(&at))
     }
 
     /// Whether `len` bytes at `at` may be changed. Errors call the place `site`.

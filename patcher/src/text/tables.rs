@@ -12,6 +12,8 @@ use crate::text::decode::{MAX_INSTRUCTION, instruction_len};
 
 /// Longest instruction that is switched: a conditional jump with a 32-bit displacement.
 const LONGEST: u64 = 6;
+/// Bytes of a distance.
+const DISTANCE: u64 = 4;
 /// More bytes than any kernel's tables have.
 const MAX_TABLE: u64 = 64 << 20;
 
@@ -27,6 +29,10 @@ pub enum Rewriter {
     Ftrace,
     /// Nobody; but the kernel goes on elsewhere when the instruction that is there faults.
     Fixup,
+    /// Nobody; but the kernel knows the trap that is there by its address.
+    Bug,
+    /// The kernel, when it gets its second CPU or is left with one.
+    SmpLock,
 }
 
 impl std::fmt::Display for Rewriter {
@@ -38,6 +44,8 @@ impl std::fmt::Display for Rewriter {
             Self::Fixup => {
                 "the exception table: a fault of this instruction is expected and goes on elsewhere"
             }
+            Self::Bug => "a BUG or WARN, which the guest knows by its address",
+            Self::SmpLock => "a lock prefix, which the guest rewrites when it has one CPU",
         })
     }
 }
@@ -47,33 +55,49 @@ struct Table {
     name: &'static str,
     start: &'static str,
     end: &'static str,
-    entry: &'static str,
+    /// Without a name, nothing but the distance.
+    entry: Option<&'static str>,
     rewriter: Rewriter,
 }
 
 /// `struct jump_entry` with relative entries, `struct static_call_site`,
-/// `struct exception_table_entry`: each begins with the distance to its instruction.
-const TABLES: [Table; 3] = [
+/// `struct exception_table_entry`, `struct bug_entry` and the offsets of `.smp_locks`: each begins
+/// with the distance to its instruction.
+const TABLES: [Table; 5] = [
     Table {
         name: "table of jump labels",
         start: "__start___jump_table",
         end: "__stop___jump_table",
-        entry: "jump_entry",
+        entry: Some("jump_entry"),
         rewriter: Rewriter::JumpLabel,
     },
     Table {
         name: "table of static calls",
         start: "__start_static_call_sites",
         end: "__stop_static_call_sites",
-        entry: "static_call_site",
+        entry: Some("static_call_site"),
         rewriter: Rewriter::StaticCall,
     },
     Table {
         name: "exception table",
         start: "__start___ex_table",
         end: "__stop___ex_table",
-        entry: "exception_table_entry",
+        entry: Some("exception_table_entry"),
         rewriter: Rewriter::Fixup,
+    },
+    Table {
+        name: "table of bugs",
+        start: "__start___bug_table",
+        end: "__stop___bug_table",
+        entry: Some("bug_entry"),
+        rewriter: Rewriter::Bug,
+    },
+    Table {
+        name: "table of lock prefixes",
+        start: "__smp_locks",
+        end: "__smp_locks_end",
+        entry: None,
+        rewriter: Rewriter::SmpLock,
     },
 ];
 
@@ -104,7 +128,10 @@ impl Rewritten {
                 .ok()
                 .and_then(|len| kernel.image().read(range.start, len))
                 .ok_or_else(unknown)?;
-            let size = kernel.types().size_of(table.entry)?;
+            let size = match table.entry {
+                Some(entry) => kernel.types().size_of(entry)?,
+                None => DISTANCE,
+            };
             let step = usize::try_from(size).map_err(|_| unknown())?;
             if step < 4 {
                 return Err(unknown());

@@ -1,0 +1,14 @@
+//! Probes: code in the arena that runs whenever a site of the kernel is reached.
+//!
+//! The instructions that a jump takes the place of are moved into the trampoline ([`displace`]),
+//! between what the probe does and the jump back ([`trampoline`]). Guaranteed: registers, flags and
+//! the stack are as they would be without the probe, for every instruction that is moved; what
+//! cannot be moved is refused by name. Moved code holds no return address of its own: a call is
+//! made to return to where it stood.
+
+mod displace;
+mod trampoline;
+
+pub use displace::DisplaceError;
+pub(crate) use displace::{Displaced, displace};
+pub(crate) use trampoline::counting;
