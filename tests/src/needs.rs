@@ -81,7 +81,9 @@ pub(crate) fn prepare(kernels: &[&str]) -> Result<(), Failure> {
     stillpoint()?;
     let scripts = checkout().join("guest-images");
     run(Command::new(scripts.join("fetch")).args(kernels)).map_err(Failure::new)?;
-    run(Command::new(scripts.join("replacement")).arg("version")).map_err(Failure::new)?;
+    for name in ["version", "sleeper"] {
+        run(Command::new(scripts.join("replacement")).arg(name)).map_err(Failure::new)?;
+    }
     for kernel in kernels {
         run(Command::new(scripts.join("initramfs")).arg(kernel)).map_err(Failure::new)?;
     }

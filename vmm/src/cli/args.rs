@@ -109,20 +109,18 @@ pub enum ClientCommand {
     /// Apply and revert patches of whole functions
     #[command(subcommand, hide = true)]
     Patch(PatchCommand),
-    /// Attach and detach probes
-    #[command(subcommand, hide = true)]
+    /// Count how often places in the guest kernel are reached
+    #[command(subcommand)]
     Probe(ProbeCommand),
     /// Attach to and detach from the guest's own tracepoints
     #[command(subcommand, hide = true)]
     Tracepoint(TracepointCommand),
     /// List trampolines and what they wait for
-    #[command(hide = true)]
     Trampolines,
     /// List what holds up grace periods
-    #[command(hide = true)]
     Holdouts,
-    /// Grace periods
-    #[command(subcommand, hide = true)]
+    /// Wait until nobody is in code that was taken out
+    #[command(subcommand)]
     Gp(GpCommand),
     /// Hold and release single vCPUs
     #[command(subcommand, hide = true)]
@@ -233,27 +231,21 @@ pub enum PatchCommand {
 /// `probe`.
 #[derive(Subcommand, Debug)]
 pub enum ProbeCommand {
-    /// Attach a callback to a site
+    /// Count how often a site is reached: the entry of a function, or any instruction in it
     Attach {
-        /// `symbol`, `symbol+0x12`, `symbol@2+0x12`, `module:symbol` or an address
+        /// `symbol`, `symbol+0x12`, `symbol@2+0x12` or an address
         site: Site,
-        /// Object with the callback; without one, hits are counted
-        #[arg(long, value_name = "FILE")]
-        callback: Option<PathBuf>,
-        /// Number that the callback is called with
-        #[arg(long, value_name = "N", value_parser = super::values::number)]
-        data: Option<u64>,
-        /// Callbacks of higher priority run first
-        #[arg(long, value_name = "N", allow_hyphen_values = true)]
-        priority: Option<i32>,
-        /// The callback may sleep
-        #[arg(long)]
-        may_sleep: bool,
+        /// How long to try, such as 500ms or 5s
+        #[arg(long, value_name = "TIME")]
+        deadline: Option<Deadline>,
     },
-    /// Detach a callback
+    /// Take a probe out; its trampoline is freed when nobody is in it any more
     Detach {
         /// The number that `probe attach` or `probe list` printed
         id: u64,
+        /// How long to try, such as 500ms or 5s
+        #[arg(long, value_name = "TIME")]
+        deadline: Option<Deadline>,
     },
     /// List probes and their hits
     List,

@@ -57,8 +57,10 @@ struct TextRevert {
 
 /// Adds the commands.
 pub fn register(registry: &mut Registry, patching: &Patching) {
+    super::grace::register(registry, patching);
     super::insight::register(registry, patching);
     super::inspect::register(registry, patching);
+    super::probes::register(registry, patching);
     super::stacks::register(registry, patching);
     let p = patching.clone();
     registry.slow("query-kernel", move |context, query: Query| {
@@ -98,17 +100,19 @@ pub fn register(registry: &mut Registry, patching: &Patching) {
     registry.slow("text-revert", move |context, arguments: TextRevert| {
         let within = arguments.deadline.or_usual();
         let origin = origin(context);
-        p.stopped(context, "text-revert", within, |patcher, guest| {
+        let reverted = p.stopped(context, "text-revert", within, |patcher, guest| {
             patcher.revert(guest, EntryId(arguments.id), &origin)
-        })
+        })?;
+        p.retired(&reverted.answer().collected);
+        Ok(reverted)
     });
 }
 
-fn invalid(argument: &str, why: impl std::fmt::Display) -> QmpError {
+pub(super) fn invalid(argument: &str, why: impl std::fmt::Display) -> QmpError {
     QmpError::new(Reason::InvalidArgument, format!("{argument}: {why}"))
 }
 
-fn site(text: &str) -> Result<Site, QmpError> {
+pub(super) fn site(text: &str) -> Result<Site, QmpError> {
     text.parse().map_err(|error| invalid("site", error))
 }
 
@@ -151,7 +155,7 @@ fn object(path: &std::path::Path) -> Result<Vec<u8>, QmpError> {
     std::fs::read(path).map_err(io)
 }
 
-fn origin(context: &Context) -> Origin {
+pub(super) fn origin(context: &Context) -> Origin {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

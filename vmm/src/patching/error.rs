@@ -8,9 +8,15 @@ use crate::control::protocol::{QmpError, Reason};
 /// An error whose first word is the patcher's own, and whose text names every cause.
 pub(super) fn refusal(error: &PatchError) -> QmpError {
     let reason = match error {
-        PatchError::Site(_) | PatchError::NoSuchEntry { .. } => Reason::NotFound,
-        PatchError::Request(_) | PatchError::Code(_) => Reason::InvalidArgument,
-        PatchError::Busy(_) | PatchError::Occupied { .. } => Reason::Busy,
+        PatchError::Site(_) | PatchError::NoSuchEntry { .. } | PatchError::NoSuchProbe { .. } => {
+            Reason::NotFound
+        }
+        PatchError::Request(_) | PatchError::NoSuchCookie { .. } | PatchError::Code(_) => {
+            Reason::InvalidArgument
+        }
+        PatchError::Busy(_) | PatchError::Waiting { .. } | PatchError::Occupied { .. } => {
+            Reason::Busy
+        }
         _ => Reason::Refused,
     };
     QmpError::new(reason, with_causes(error)).with_word(error.word())

@@ -6,21 +6,19 @@
 
 mod commands;
 mod error;
+mod grace;
 mod insight;
 mod inspect;
+mod probes;
 mod session;
 mod stacks;
 mod vmcoreinfo;
 
-use std::time::Duration;
 use std::{io, thread};
 
 pub use commands::register;
 pub use session::{Patching, StopReport, WithStop};
 pub use vmcoreinfo::vmcoreinfo_source;
-
-/// How often the guest is looked at while something of ours is in it.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 impl Patching {
     /// Starts the thread that looks after what is in the guest.
@@ -30,14 +28,14 @@ impl Patching {
     pub fn start_looking(&self) -> io::Result<()> {
         let patching = self.clone();
         let body = move || {
+            let mut pause = patching.look();
             loop {
-                thread::sleep(LOOK_EVERY);
-                patching.look();
+                thread::park_timeout(pause);
+                pause = patching.look();
             }
         };
-        thread::Builder::new()
-            .name("patching".into())
-            .spawn(body)
-            .map(drop)
+        let looking = thread::Builder::new().name("patching".into()).spawn(body)?;
+        self.wake_by(looking.thread().clone());
+        Ok(())
     }
 }

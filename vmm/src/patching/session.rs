@@ -4,13 +4,13 @@
 //! guest stands in the way of is tried again, each time in a new stop, until the deadline.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use patcher::Kernel;
 use patcher::arena::BLOCK;
 use patcher::guest::StoppedGuest;
-use patcher::patch::{Applied, PatchError, Patcher};
+use patcher::patch::{Applied, Collected, PatchError, Patcher};
 
 use super::error::refusal;
 use crate::control::command::{Context, StopRecord};
@@ -33,29 +33,8 @@ struct State {
     patcher: Option<Patcher>,
     /// The incarnation of the machine that the patcher knows.
     incarnation: u64,
-    pace: Pace,
-}
-
-/// How often every stack is searched for retired code: less and less often.
-#[derive(Default)]
-struct Pace {
-    /// Looks to leave out.
-    left: u32,
-    wait: u32,
-}
-
-impl Pace {
-    const LONGEST: u32 = 60;
-
-    fn is_due(&mut self) -> bool {
-        if self.left > 0 {
-            self.left -= 1;
-            return false;
-        }
-        self.left = self.wait;
-        self.wait = (self.wait * 2 + 1).min(Self::LONGEST);
-        true
-    }
+    /// The thread that looks after what is in the guest.
+    looking: Option<Thread>,
 }
 
 /// What the stops of one command cost the guest.
@@ -109,6 +88,11 @@ impl<R> WithStop<R> {
             answer: change(self.answer),
             stop: self.stop,
         }
+    }
+
+    /// The answer.
+    pub fn answer(&self) -> &R {
+        &self.answer
     }
 
     /// The answer alone.
@@ -196,7 +180,6 @@ impl Patching {
             let left = deadline.saturating_duration_since(Instant::now());
             let (result, times) = {
                 let mut state = self.lock();
-                state.pace = Pace::default();
                 let patcher = self.current(&mut state, kernel.clone())?;
                 self.machine
                     .with_stopped(left.max(FIRST_PAUSE), |guest| work(patcher, guest))?
@@ -227,7 +210,13 @@ impl Patching {
                 let text = format!("nothing was changed: {}", refusal(&error));
                 return Err(QmpError::new(Reason::Deadline, text).and(&stop.told()));
             }
-            thread::sleep(pause);
+            // Who only waits can wait until the guest has run for a while.
+            let pause_at_least = match error {
+                PatchError::Waiting { .. } => times.stalled * RUN_PER_STOP,
+                _ => Duration::ZERO,
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            thread::sleep(pause.max(pause_at_least).min(left));
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
@@ -265,31 +254,70 @@ impl Patching {
         }
     }
 
-    /// Notices a reset, or a kernel that replaced itself (kexec). Called now and then.
-    pub(super) fn look(&self) {
+    /// Notices a reset, or a kernel that replaced itself (kexec), and frees what nobody is in any
+    /// more. Tells when to look again.
+    pub(super) fn look(&self) -> Duration {
         let mut state = self.lock();
         let incarnation = self.machine.incarnation();
         if state.incarnation != incarnation {
             state.incarnation = incarnation;
             self.forget(&mut state);
         }
-        let State { patcher, pace, .. } = &mut *state;
-        let Some(patcher) = patcher else {
-            return;
+        let Some(patcher) = &mut state.patcher else {
+            return LOOK_EVERY;
         };
-        let collect = patcher.has_to_collect() && pace.is_due();
+        let collect = patcher.has_to_collect();
         if !collect && !patcher.has_applied() {
-            return;
+            return LOOK_EVERY;
         }
         let looked = self.machine.with_stopped(LOOK_DEADLINE, |guest| {
             if collect {
-                patcher.collect(guest).map(drop)
+                patcher.collect(guest)
             } else {
-                patcher.locate(guest).map(drop)
+                patcher.locate(guest).map(|_| Collected::default())
             }
         });
-        if let Ok((Err(PatchError::Gone { why, lost }), _)) = looked {
-            self.announce_gone(&why, lost.iter().map(|id| id.0).collect());
+        let again = patcher.has_to_collect();
+        drop(state);
+        match looked {
+            Ok((Ok(collected), times)) => {
+                self.announce_freed(&collected);
+                if again {
+                    return (times.stalled * RUN_PER_STOP).clamp(LOOK_SOONEST, LOOK_EVERY);
+                }
+            }
+            Ok((Err(PatchError::Gone { why, lost }), _)) => {
+                self.announce_gone(&why, lost.iter().map(|id| id.0).collect());
+            }
+            _ => {}
+        }
+        LOOK_EVERY
+    }
+
+    /// The thread that calls [`Patching::look`].
+    pub(super) fn wake_by(&self, looking: Thread) {
+        self.lock().looking = Some(looking);
+    }
+
+    /// Something was unhooked: tells what was freed at once, and has the rest looked after.
+    pub(super) fn retired(&self, collected: &Collected) {
+        self.announce_freed(collected);
+        if let Some(looking) = self
+            .lock()
+            .looking
+            .as_ref()
+            .filter(|_| !collected.retired.is_empty())
+        {
+            looking.unpark();
+        }
+    }
+
+    fn announce_freed(&self, collected: &Collected) {
+        if !collected.freed.is_empty() {
+            self.machine.announce(&Event::Own {
+                name: "TRAMPOLINE_FREED",
+                data: serde_json::json!({ "changes": collected.freed }),
+            });
         }
     }
 
@@ -301,5 +329,12 @@ impl Patching {
     }
 }
 
+/// How often the guest is looked at while something of ours is in it.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How soon it is looked at again while somebody is in retired code.
+const LOOK_SOONEST: Duration = Duration::from_millis(10);
+/// How many times as long as it stood still the guest runs before somebody looks again who only
+/// waits: it stands still for at most 1 % of the time.
+const RUN_PER_STOP: u32 = 99;
 /// How long [`Patching::look`] waits for the guest to stop.
 const LOOK_DEADLINE: Duration = Duration::from_millis(200);

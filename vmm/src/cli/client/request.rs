@@ -113,15 +113,18 @@ impl Task {
             C::Stacks { pid } => shown("query-stacks", json!({ "pid": pid }), render::stacks),
             C::Text(command) => text(command)?,
             C::Patch(command) => patch(command)?,
-            C::Probe(command) => probe(command)?,
+            C::Probe(command) => probe(command),
             C::Tracepoint(command) => tracepoint(command)?,
-            C::Trampolines => ask("query-trampolines", Value::Null),
-            C::Holdouts => ask("query-holdouts", Value::Null),
-            C::Gp(GpCommand::Snapshot) => ask("gp-snapshot", Value::Null),
-            C::Gp(GpCommand::Poll { cookie }) => ask("gp-poll", json!({ "cookie": cookie })),
+            C::Trampolines => shown("query-trampolines", Value::Null, render::trampolines),
+            C::Holdouts => shown("query-holdouts", Value::Null, render::holdouts),
+            C::Gp(GpCommand::Snapshot) => shown("gp-snapshot", Value::Null, render::cookie),
+            C::Gp(GpCommand::Poll { cookie }) => {
+                shown("gp-poll", json!({ "cookie": cookie }), render::passed)
+            }
             C::Gp(GpCommand::Wait { cookie, deadline }) => {
                 let deadline = deadline.map(|d| d.as_millis());
-                ask("gp-wait", json!({ "cookie": cookie, "deadline": deadline }))
+                let arguments = json!({ "cookie": cookie, "deadline": deadline });
+                shown("gp-wait", arguments, render::passed)
             }
             C::Vcpu(VcpuCommand::Hold { index, at, soft }) => ask(
                 "vcpu-hold",
@@ -198,27 +201,24 @@ fn patch(command: PatchCommand) -> Result<Request, ClientError> {
     })
 }
 
-fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
-    Ok(match command {
-        ProbeCommand::Attach {
-            site,
-            callback,
-            data,
-            priority,
-            may_sleep,
-        } => ask(
+fn probe(command: ProbeCommand) -> Request {
+    let show: fn(&Value) -> String = match command {
+        ProbeCommand::Attach { .. } => render::changed,
+        ProbeCommand::Detach { .. } => render::detached,
+        ProbeCommand::List => render::probes,
+    };
+    let request = match command {
+        ProbeCommand::Attach { site, deadline } => ask(
             "probe-attach",
-            json!({
-                "site": site.0,
-                "callback": callback.as_deref().map(absolute).transpose()?,
-                "data": data,
-                "priority": priority,
-                "may-sleep": may_sleep.then_some(true),
-            }),
+            json!({ "site": site.0, "deadline": deadline.map(|d| d.as_millis()) }),
         ),
-        ProbeCommand::Detach { id } => ask("probe-detach", json!({ "id": id })),
+        ProbeCommand::Detach { id, deadline } => ask(
+            "probe-detach",
+            json!({ "id": id, "deadline": deadline.map(|d| d.as_millis()) }),
+        ),
         ProbeCommand::List => ask("query-probes", Value::Null),
-    })
+    };
+    Request { show, ..request }
 }
 
 fn tracepoint(command: TracepointCommand) -> Result<Request, ClientError> {
@@ -286,6 +286,12 @@ mod tests {
                 json!({"site": "f", "code": "c3"}),
             ),
             ("stillpoint text list", "query-text", json!(null)),
+            (
+                "stillpoint probe attach f+4 --deadline 1s",
+                "probe-attach",
+                json!({"site": "f+4", "deadline": 1000}),
+            ),
+            ("stillpoint gp wait 7", "gp-wait", json!({"cookie": "7"})),
             (
                 "stillpoint vcpu hold 1 --soft",
                 "vcpu-hold",

@@ -1,0 +1,158 @@
+//! `probe-attach`, `probe-detach`, `query-probes` and `query-trampolines`.
+
+use patcher::guest::Gva;
+use patcher::patch::{Applied, EntryId, Kind, PatchError, ProbeRequest, Retired};
+use serde::{Deserialize, Serialize};
+
+use super::commands::{origin, site};
+use super::session::Patching;
+use crate::control::command::{DeadlineArgument, NoArguments, Registry};
+
+#[derive(Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+struct ProbeAttach {
+    site: String,
+    #[serde(default)]
+    deadline: DeadlineArgument,
+}
+
+#[derive(Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+struct ProbeDetach {
+    id: u64,
+    #[serde(default)]
+    deadline: DeadlineArgument,
+}
+
+#[derive(Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+struct QueryProbes {
+    #[serde(default)]
+    deadline: DeadlineArgument,
+}
+
+/// Code of ours in the guest, and what it waits for.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Trampoline {
+    /// The change that it belongs to.
+    id: EntryId,
+    state: State,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<Kind>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    place: Option<String>,
+    code: Gva,
+    code_bytes: u64,
+    data_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    since_ms: Option<u64>,
+    /// Who may still be in it.
+    held_by: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    keep: Option<String>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum State {
+    /// The guest's text jumps to it.
+    Hooked,
+    /// Nothing jumps to it any more; it is freed when nobody is in it.
+    Retired,
+    /// It is never freed, because its addresses may be anywhere.
+    Kept,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Trampolines {
+    trampolines: Vec<Trampoline>,
+}
+
+impl Trampoline {
+    fn hooked(entry: &Applied) -> Option<Self> {
+        let placed = entry.code.as_ref()?;
+        Some(Self {
+            id: entry.id,
+            state: State::Hooked,
+            kind: Some(entry.kind),
+            place: Some(entry.place.clone()),
+            code: placed.code.at,
+            code_bytes: placed.code.len,
+            data_bytes: placed.data.map_or(0, |data| data.len),
+            since_ms: None,
+            held_by: Vec::new(),
+            keep: placed.keep.clone(),
+        })
+    }
+
+    fn retired(retired: &Retired) -> Self {
+        Self {
+            id: retired.id,
+            state: match retired.keep {
+                Some(_) => State::Kept,
+                None => State::Retired,
+            },
+            kind: None,
+            place: None,
+            code: retired.code.at,
+            code_bytes: retired.code.len,
+            data_bytes: retired.data.map_or(0, |data| data.len),
+            since_ms: Some(retired.since_ms),
+            held_by: retired.held_by.iter().map(ToString::to_string).collect(),
+            keep: retired.keep.clone(),
+        }
+    }
+}
+
+/// Adds the commands.
+pub(super) fn register(registry: &mut Registry, patching: &Patching) {
+    let p = patching.clone();
+    registry.slow("probe-attach", move |context, arguments: ProbeAttach| {
+        let request = ProbeRequest {
+            site: site(&arguments.site)?,
+        };
+        let prepared = p.with(|patcher| patcher.prepare_probe(request))?;
+        p.get_arena_ready();
+        let origin = origin(context);
+        let within = arguments.deadline.or_usual();
+        p.stopped(context, "probe-attach", within, |patcher, guest| {
+            patcher.attach_probe(guest, &prepared, &origin)
+        })
+    });
+    let p = patching.clone();
+    registry.slow("probe-detach", move |context, arguments: ProbeDetach| {
+        let origin = origin(context);
+        let within = arguments.deadline.or_usual();
+        let detached = p.stopped(context, "probe-detach", within, |patcher, guest| {
+            patcher.detach_probe(guest, EntryId(arguments.id), &origin)
+        })?;
+        p.retired(&detached.answer().reverted.collected);
+        Ok(detached)
+    });
+    let p = patching.clone();
+    registry.slow("query-probes", move |context, arguments: QueryProbes| {
+        let within = arguments.deadline.or_usual();
+        p.stopped(context, "query-probes", within, |patcher, guest| {
+            Ok::<_, PatchError>(Probes {
+                probes: patcher.probes(guest)?,
+            })
+        })
+    });
+    let p = patching.clone();
+    registry.slow("query-trampolines", move |_, _: NoArguments| {
+        let listing = p.with(|patcher| Ok(patcher.list()))?;
+        let hooked = listing.applied.iter().filter_map(Trampoline::hooked);
+        let retired = listing.retired.iter().map(Trampoline::retired);
+        Ok(Trampolines {
+            trampolines: hooked.chain(retired).collect(),
+        })
+    });
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Probes {
+    probes: Vec<patcher::patch::ProbeInfo>,
+}
