@@ -159,8 +159,10 @@ pub struct Retired {
     pub keep: Option<String>,
     /// When it was unhooked: milliseconds since 1970, by the host's clock.
     pub since_ms: u64,
-    /// Who stood in the way when it was last tried to free it.
-    pub held_by: Vec<Holdout>,
+    /// Who stood in the way when it was last tried to free it, for people.
+    pub held_by: Vec<String>,
+    /// The same in parts.
+    pub holdouts: Vec<Holdout>,
     /// Why it is not free though nobody stands in the way, when that is so.
     pub stuck: Option<String>,
 }

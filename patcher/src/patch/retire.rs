@@ -77,6 +77,7 @@ impl Retirement {
                 keep: placed.keep.clone(),
                 since_ms,
                 held_by: Vec::new(),
+                holdouts: Vec::new(),
                 stuck: None,
             },
             content,
@@ -172,7 +173,8 @@ impl Retirement {
         for (mut entry, judgement) in std::mem::take(&mut self.all).into_iter().zip(judgements) {
             collected.cleared.extend(judgement.cleared);
             entry.clear = judgement.holdouts.is_empty();
-            entry.report.held_by = judgement.holdouts;
+            entry.report.held_by = judgement.holdouts.iter().map(ToString::to_string).collect();
+            entry.report.holdouts = judgement.holdouts;
             if entry.clear && entry.report.keep.is_none() {
                 match free(guest, arena, &mut entry.report) {
                     Ok(()) => {

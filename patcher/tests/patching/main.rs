@@ -11,6 +11,7 @@
 mod compare;
 mod damage;
 mod kernel_guest;
+mod probe;
 mod redirect;
 mod text;
 

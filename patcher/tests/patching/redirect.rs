@@ -132,7 +132,7 @@ fn retired_code_is_kept_while_anybody_may_return_to_it() {
         let reverted = revert(&mut patcher, &mut guest, applied.id).unwrap();
         assert!(reverted.collected.freed.is_empty());
         let held = &patcher.list().retired[0].held_by[0];
-        assert!(held.found.contains("asleep (pid 55)"), "{held}");
+        assert!(held.contains("asleep (pid 55)"), "{held}");
         assert_eq!(guest.get(code.at, 3), RETURN_ZERO);
         // Other code gets another place.
         let other = redirect(&mut patcher, &mut guest, FUNCTION, &[0xc3]).unwrap();

@@ -113,7 +113,7 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
         let waiting = p.with(|patcher| Ok(patcher.waiting()))?;
         let unjudged = waiting.iter().filter(|retired| retired.held_by.is_empty());
         let held = waiting.iter().flat_map(|retired| {
-            retired.held_by.iter().map(|holdout| Held {
+            retired.holdouts.iter().map(|holdout| Held {
                 id: retired.id,
                 since_ms: retired.since_ms,
                 holdout: holdout.clone(),

@@ -100,7 +100,7 @@ impl Trampoline {
             code_bytes: retired.code.len,
             data_bytes: retired.data.map_or(0, |data| data.len),
             since_ms: Some(retired.since_ms),
-            held_by: retired.held_by.iter().map(ToString::to_string).collect(),
+            held_by: retired.held_by.clone(),
             keep: retired.keep.clone(),
         }
     }

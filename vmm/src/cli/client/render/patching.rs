@@ -88,7 +88,7 @@ fn still_there(retired: &Value) -> String {
             format!("the code of change {id} is kept: {}\n", plain(&json!(why)))
         }
         (_, Value::Array(by)) if !by.is_empty() => {
-            let names: Vec<String> = by.iter().map(|holdout| plain(&holdout["found"])).collect();
+            let names: Vec<String> = by.iter().map(plain).collect();
             format!(
                 "the code of change {id} is still in use by {}\n",
                 names.join(", ")
