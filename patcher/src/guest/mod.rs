@@ -6,6 +6,7 @@
 //! to a running guest does not compile.
 
 mod address;
+mod copies;
 mod image;
 mod memory;
 mod vcpu;
@@ -13,6 +14,7 @@ mod vcpu;
 #[cfg(test)]
 pub(crate) use crate::synthetic::ram as fake;
 pub use address::{Gpa, Gva, LinkAddr, Slide};
+pub use copies::{Copies, Following, Lack, USUAL_COPIES};
 pub use image::{MemoryImage, MemoryImageError};
 pub use memory::{GuestMemory, MemoryError, RamRange};
 pub use vcpu::{Activity, Vcpu, VcpuRegisters};

@@ -4,7 +4,7 @@ use super::EntryId;
 use super::code::{LinkError, ObjectError};
 use super::report::Retired;
 use crate::arena::ArenaError;
-use crate::guest::Gva;
+use crate::guest::{Gva, MemoryError};
 use crate::probe::DisplaceError;
 use crate::space::{LayoutError, LocateError, SpaceError};
 use crate::symbols::{ModulesError, SiteError};
@@ -124,6 +124,9 @@ pub enum PatchError {
     /// Guest memory could not be read.
     #[error("guest memory cannot be read")]
     Read(#[from] SpaceError),
+    /// Guest memory could not be copied.
+    #[error("guest memory cannot be copied")]
+    Copy(#[from] MemoryError),
     /// ftrace's records could not be read, or have nothing for a function that ftrace owns.
     #[error("ftrace cannot be kept away from the function")]
     Ftrace(#[from] FtraceError),
@@ -201,7 +204,7 @@ impl PatchError {
             Self::Owned { .. } => "Owned",
             Self::Occupied { .. } => "Occupied",
             Self::Tasks(_) => "TasksUnknown",
-            Self::Read(_) => "Unreadable",
+            Self::Read(_) | Self::Copy(_) => "Unreadable",
             Self::Ftrace(_) => "FtraceUnknown",
             Self::Arena(_) => "Arena",
             Self::Write(_) => "WriteFailed",

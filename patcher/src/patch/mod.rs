@@ -12,6 +12,7 @@ mod check;
 mod error;
 mod grace;
 mod hook;
+mod inspect;
 mod knowledge;
 mod ledger;
 mod patcher;
@@ -26,6 +27,7 @@ mod writing;
 
 pub use error::PatchError;
 pub use grace::Cookie;
+pub use inspect::{Compared, TextCopy};
 pub use patcher::Patcher;
 pub use probe::{Detached, PreparedProbe, ProbeInfo, ProbeRequest};
 pub use redirect::{NewCode, PreparedRedirect, RedirectRequest};

@@ -17,7 +17,6 @@ use super::writing::{change, is_there, still_ours, unmark};
 use super::{EntryId, PatchError};
 use crate::Kernel;
 use crate::arena::Arena;
-use crate::compare::{CompareError, Comparison, compare};
 use crate::error::with_causes;
 use crate::guest::StoppedGuest;
 use crate::space::{LayoutError, LocateError, Located};
@@ -36,7 +35,7 @@ use crate::text::{NOP5, whole};
 pub struct Patcher {
     pub(super) know: Knowledge,
     /// Where the kernel was found last.
-    found: Option<Arc<Located>>,
+    pub(super) found: Option<Arc<Located>>,
     pub(super) ledger: Ledger,
     pub(super) arena: Option<Arena>,
     /// What the code of each applied redirect is.
@@ -117,21 +116,6 @@ impl Patcher {
         let memory = &&*guest;
         let space = found.space(memory);
         Ok(layout.modules(&space, &found)?)
-    }
-
-    /// Compares the text of the stopped guest with what its kernel makes of it.
-    ///
-    /// # Errors
-    /// [`PatchError::Layout`], [`PatchError::Read`], and those of [`Patcher::locate`].
-    pub fn compare_text(&mut self, guest: &mut dyn StoppedGuest) -> Result<Comparison, PatchError> {
-        let found = self.identify(guest)?;
-        let memory = &&*guest;
-        let space = found.space(memory);
-        let ours: Vec<_> = self.ledger.applied().cloned().collect();
-        compare(&self.know.kernel, &space, &found, &ours).map_err(|error| match error {
-            CompareError::Layout(error) => error.into(),
-            CompareError::Read { source, .. } => source.into(),
-        })
     }
 
     /// Where the kernel is, and its modules with the symbols of those that are `wanted`.

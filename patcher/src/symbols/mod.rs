@@ -213,7 +213,11 @@ impl Symbols {
     /// The symbols called exactly `name`, in order of address. The first is what livepatch calls
     /// sympos 1.
     pub fn named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Symbol<'a>> {
-        let wanted = hash(name.as_bytes());
+        self.called(name.as_bytes())
+    }
+
+    fn called<'a>(&'a self, name: &'a [u8]) -> impl Iterator<Item = Symbol<'a>> {
+        let wanted = hash(name);
         let start = self.by_name.partition_point(|&(hash, _)| hash < wanted);
         let run = self.by_name.get(start..).unwrap_or_default();
         run.iter()
@@ -222,7 +226,7 @@ impl Symbols {
                 symbols: self,
                 index: number as usize,
             })
-            .filter(move |symbol| symbol.with_name(|found| found == name.as_bytes()))
+            .filter(move |symbol| symbol.with_name(|found| found == name))
     }
 
     /// The only symbol called `name`.
@@ -369,11 +373,10 @@ impl<'a> Symbol<'a> {
     /// Which of the symbols of its name it is, counted from 1.
     #[must_use]
     pub fn position(&self) -> usize {
-        let name = self.name();
-        self.symbols
-            .named(&name)
-            .take_while(|other| other.index <= self.index)
-            .count()
+        self.with_name(|name| {
+            let same = self.symbols.called(name);
+            same.take_while(|other| other.index <= self.index).count()
+        })
     }
 
     /// Whether it is code that can be called: not data, and not the padding in front of a function.

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use patcher::compare::{Class, Comparison, Expected, Owner, SitePlace, compare};
 use patcher::guest::LinkAddr;
-use patcher::patch::Applied;
+use patcher::patch::{Applied, Compared, TextCopy};
 use patcher::space::{Landmarks, Located};
 
 use super::{
@@ -144,4 +144,41 @@ fn our_own_changes_are_named() {
         let owners: Vec<_> = found.foreign.iter().map(|foreign| &foreign.owner).collect();
         assert!(owners.contains(&&Owner::Unknown), "{name}: {owners:?}");
     }
+}
+
+#[test]
+fn a_copy_says_the_same_as_the_guest() {
+    let mut guest = guest("6.12");
+    finish_boot(&mut guest);
+    let mut patcher = patcher(&guest);
+    let expected = patcher.compare_text(&mut guest.image).unwrap();
+    assert!(expected.is_clean(), "{expected:?}");
+
+    let mut text = TextCopy::default();
+    let again = |compared| matches!(compared, Compared::CopyAgain);
+    assert!(again(patcher.compare_copy(&text).unwrap()));
+    patcher.follow_text(&guest.image, &mut text);
+    patcher.copy_text(&mut guest.image, &mut text).unwrap();
+    // What the guest does now comes too late.
+    let key = guest.at("cmdline_proc_show").offset(0x20);
+    let byte = guest.get(key, 1)[0];
+    guest.put(key, &[byte ^ 1]);
+    let Compared::Done(found) = patcher.compare_copy(&text).unwrap() else {
+        panic!("nothing has moved");
+    };
+    assert_eq!(found, expected);
+
+    // A change whose owner is looked for where nobody has looked before.
+    let mut tries = 0;
+    let found = loop {
+        patcher.follow_text(&guest.image, &mut text);
+        patcher.copy_text(&mut guest.image, &mut text).unwrap();
+        tries += 1;
+        match patcher.compare_copy(&text).unwrap() {
+            Compared::Done(found) => break found,
+            other => assert!(again(other) && tries < 3),
+        }
+    };
+    assert_eq!(found, patcher.compare_text(&mut guest.image).unwrap());
+    assert_eq!(found.foreign_bytes, 1);
 }

@@ -15,7 +15,7 @@ use patcher::patch::{Applied, Collected, PatchError, Patcher};
 use super::error::refusal;
 use crate::control::command::{Context, StopRecord};
 use crate::control::protocol::{QmpError, Reason};
-use crate::machine::{Event, Machine, StopTimes};
+use crate::machine::{Event, GuestRam, Machine, StopTimes};
 
 /// The first pause between two tries; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
@@ -64,6 +64,17 @@ impl StopReport {
         )
     }
 
+    /// These stops, and later ones.
+    fn and(self, later: Self) -> Self {
+        Self {
+            stops: self.stops + later.stops,
+            stalled_in_all_us: self
+                .stalled_in_all_us
+                .saturating_add(later.stalled_in_all_us),
+            ..later
+        }
+    }
+
     fn add(&mut self, times: StopTimes) {
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.stops += 1;
@@ -93,6 +104,14 @@ impl<R> WithStop<R> {
     /// The answer.
     pub fn answer(&self) -> &R {
         &self.answer
+    }
+
+    /// The answer of a later command, with the cost of both.
+    pub fn then<S>(self, later: WithStop<S>) -> WithStop<S> {
+        WithStop {
+            stop: self.stop.and(later.stop),
+            answer: later.answer,
+        }
     }
 
     /// The answer alone.
@@ -133,6 +152,12 @@ impl Patching {
         self.machine
             .kernel()
             .map_err(|error| QmpError::new(Reason::Io, error.to_string()))
+    }
+
+    /// The guest's RAM, which changes while it is read.
+    #[must_use]
+    pub fn ram(&self) -> GuestRam {
+        self.machine.ram().clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -69,7 +69,8 @@ pub fn kallsyms(data: &[u8]) {
                 .named(&name)
                 .any(|other| other.value() == symbol.value())
         );
-        let _ = (symbol.kind(), symbol.size(), symbol.position());
+        assert!(symbol.position() > 0);
+        let _ = (symbol.kind(), symbol.size());
         let _ = symbols.unique(&name);
         if let Some(at) = symbol.address() {
             let _ = symbols.at(at);
