@@ -17,7 +17,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use patcher::Kernel;
 use patcher::guest::{Gva, MemoryImage, StoppedGuest};
 use patcher::space::{Landmarks, Located, complete_registers};
-use patcher::stack::{StackLayout, Unwinder};
+use patcher::stack::{StackLayout, Trace, Unwinder};
 use patcher::tasks::{TaskLayout, Windows, scan, tasks};
 
 fn file(variable: &str) -> (PathBuf, Vec<u8>) {
@@ -71,28 +71,31 @@ fn insight(criterion: &mut Criterion) {
         let all = tasks(&space, &guest.located, &layout).expect("tasks");
         println!("{name}: {} tasks", all.len());
         criterion.bench_function(&format!("list {name} tasks"), |bencher| {
-            bencher.iter(|| tasks(&space, &guest.located, &layout).expect("tasks"));
+            // As in a stop: nothing is known yet of where anything is.
+            bencher.iter(|| {
+                let space = guest.located.space(&guest.image);
+                tasks(&space, &guest.located, &layout).expect("tasks")
+            });
         });
         let nowhere = Windows::new([Gva(1)..Gva(2)]);
         criterion.bench_function(&format!("list and scan {name} tasks"), |bencher| {
             let vcpus = guest.image.vcpus();
-            bencher.iter(|| scan(&space, &guest.located, &layout, vcpus, &nowhere).expect("scan"));
-        });
-        let unwinder = Unwinder::new(
-            &kernel,
-            &stacks,
-            &layout,
-            &space,
-            &guest.located,
-            guest.image.vcpus(),
-        );
-        let reliable = all.iter().filter(|task| unwinder.task(task).is_reliable());
-        println!("{name}: {} reliable", reliable.count());
-        criterion.bench_function(&format!("unwind {name} tasks"), |bencher| {
             bencher.iter(|| {
-                let frames = all.iter().map(|task| unwinder.task(task).frames.len());
-                frames.sum::<usize>()
+                let space = guest.located.space(&guest.image);
+                scan(&space, &guest.located, &layout, vcpus, &nowhere).expect("scan")
             });
+        });
+        let unwind = || {
+            let space = guest.located.space(&guest.image);
+            let vcpus = guest.image.vcpus();
+            let located = &guest.located;
+            let unwinder = Unwinder::new(&kernel, &stacks, &layout, &space, located, vcpus);
+            let traces = all.iter().map(|task| unwinder.task(task));
+            traces.filter(Trace::is_reliable).count()
+        };
+        println!("{name}: {} reliable", unwind());
+        criterion.bench_function(&format!("unwind {name} tasks"), |bencher| {
+            bencher.iter(unwind);
         });
     }
 }

@@ -11,6 +11,8 @@ pub mod error;
 pub mod grace;
 pub mod guest;
 mod hash;
+#[cfg(test)]
+mod hostile;
 pub mod image;
 mod kernel;
 pub mod klog;

@@ -30,6 +30,7 @@ fn setup(global: u64) -> Setup {
         phys_base: Gpa(0),
         page_offset_base: None,
         per_cpu: PerCpu::none(),
+        bounds: crate::space::Bounds::USUAL,
     };
     let layout = ArenaLayout {
         fixmap: FIXMAP_TABLE,
@@ -177,6 +178,7 @@ fn a_guest_without_tables_gets_no_arena() {
         phys_base: Gpa(0),
         page_offset_base: None,
         per_cpu: PerCpu::none(),
+        bounds: crate::space::Bounds::USUAL,
     };
     let layout = setup(0).layout;
     assert!(matches!(

@@ -66,8 +66,10 @@ pub fn last_records(
         let index = id & (count - 1);
         let descriptor = descriptors.offset(index * layout.descriptor_size);
         let info = infos.offset(index * layout.info_size);
-        if let Ok(Some(record)) = record(space, layout, &text, id, descriptor, info) {
-            records.push(record);
+        match record(space, layout, &text, id, descriptor, info) {
+            Ok(record) => records.extend(record),
+            Err(error) if error.is_bound() => return Err(error),
+            Err(_) => {}
         }
     }
     records.reverse();

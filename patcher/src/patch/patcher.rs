@@ -19,7 +19,7 @@ use crate::Kernel;
 use crate::arena::Arena;
 use crate::error::with_causes;
 use crate::guest::StoppedGuest;
-use crate::space::{LayoutError, LocateError, Located};
+use crate::space::{Bounds, LayoutError, LocateError, Located};
 use crate::symbols::{Loaded, Module};
 use crate::tasks::{Survey, Task, survey, tasks};
 use crate::text::{NOP5, whole};
@@ -57,6 +57,11 @@ impl Patcher {
             contents: BTreeMap::new(),
             retired: Retirement::default(),
         })
+    }
+
+    /// From now on no look at the guest goes beyond `bounds`.
+    pub fn set_bounds(&mut self, bounds: Bounds) {
+        self.know.landmarks.bounds = bounds;
     }
 
     /// The kernel.

@@ -8,7 +8,7 @@
 
 use super::percpu::PerCpuMarks;
 use super::walk::{Root, walk};
-use super::{LayoutError, PerCpu, Space, SpaceError, optional};
+use super::{Bounds, LayoutError, PerCpu, Space, SpaceError, optional};
 use crate::Kernel;
 use crate::guest::{Activity, Gpa, GuestMemory, Gva, LinkAddr, Slide, StoppedGuest, Vcpu};
 
@@ -34,6 +34,8 @@ pub struct Landmarks {
     pub(crate) phys_base: Option<LinkAddr>,
     pub(crate) page_offset_base: Option<LinkAddr>,
     pub(crate) per_cpu: PerCpuMarks,
+    /// How much may be read of a guest that is found by these.
+    pub bounds: Bounds,
 }
 
 /// The states of a kernel; the first is the one in which it can be patched.
@@ -76,6 +78,7 @@ impl Landmarks {
             phys_base: optional(symbols, "phys_base"),
             page_offset_base: optional(symbols, "page_offset_base"),
             per_cpu: PerCpuMarks::of(symbols)?,
+            bounds: Bounds::USUAL,
         })
     }
 }
@@ -95,6 +98,8 @@ pub struct Located {
     pub page_offset_base: Option<Gva>,
     /// The per-CPU areas.
     pub per_cpu: PerCpu,
+    /// How much may be read in one look: [`Landmarks::bounds`].
+    pub bounds: Bounds,
 }
 
 /// Why the kernel was not found in the guest.
@@ -232,13 +237,14 @@ impl Located {
                 .per_cpu
                 .read(&space, slide)
                 .map_err(unreadable("__per_cpu_offset"))?,
+            bounds: marks.bounds,
         })
     }
 
     /// The kernel's address space.
     #[must_use]
     pub fn space<'m>(&self, memory: &'m dyn GuestMemory) -> Space<'m> {
-        Space::new(memory, self.root)
+        Space::bounded(memory, self.root, self.bounds)
     }
 }
 

@@ -32,6 +32,7 @@ fn marks() -> Landmarks {
         phys_base: Some(PHYS_BASE),
         page_offset_base: Some(DIRECT_MAP),
         per_cpu: PerCpuMarks::new(OFFSETS, POSSIBLE, 8),
+        bounds: Bounds::USUAL,
     }
 }
 

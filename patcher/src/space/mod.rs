@@ -1,14 +1,17 @@
 //! Where does this address live? Page tables, the kernel's own address space, per-CPU areas.
 //!
 //! Everything here reads page tables and kernel data that the guest controls: each walk is
-//! bounded, and an answer is either what the CPU would compute or an error.
+//! bounded, as is everything that is read in one look ([`Bounds`]), and an answer is either what
+//! the CPU would compute or an error.
 
+mod bounds;
 mod dump;
 mod located;
 mod percpu;
 mod view;
 mod walk;
 
+pub use bounds::Bounds;
 pub use dump::complete_registers;
 pub use located::{Landmarks, LocateError, Located};
 pub use percpu::{PerCpu, PerCpuVariable};

@@ -4,14 +4,18 @@
 //! look at a running guest, whose answer may then be torn) and dropped with it.
 
 use std::cell::RefCell;
+use std::time::Duration;
 
-use super::walk::{Mapping, Root, WalkError, walk};
+use super::bounds::{Bounds, Left};
+use super::walk::{ADDRESS, Mapping, PRESENT, PageSize, Root, WalkError, walk};
 use crate::guest::{Gpa, GuestMemory, Gva, MemoryError};
 
 /// Translations remembered. Each page has one place, where it takes that of another: a guest that
 /// knew how could make us forget, not slow.
 const PLACES: usize = 1 << 11;
 /// A large page is remembered as the 2 MiB that hold the address.
+/// Tables of small pages that are remembered.
+const TABLES: usize = 64;
 const LARGE_SHIFT: u32 = 21;
 const SMALL_SHIFT: u32 = 12;
 
@@ -31,6 +35,35 @@ pub enum SpaceError {
         /// What the memory said.
         source: MemoryError,
     },
+    /// The guest's lists and tables lead on and on.
+    #[error("there is no end to it after {limit} steps; the guest's data are not believed")]
+    Steps {
+        /// [`Bounds::steps`].
+        limit: u64,
+    },
+    /// The guest has more to read than is read.
+    #[error("there is more of it than {limit} bytes; the guest's data are not believed")]
+    Bytes {
+        /// [`Bounds::bytes`].
+        limit: u64,
+    },
+    /// It took too long.
+    #[error("there is no end to it after {} ms; the guest's data are not believed", limit.as_millis())]
+    Time {
+        /// [`Bounds::time`].
+        limit: Duration,
+    },
+}
+
+impl SpaceError {
+    /// Whether a bound was hit: nothing more can be read in this look.
+    #[must_use]
+    pub const fn is_bound(&self) -> bool {
+        matches!(
+            self,
+            Self::Steps { .. } | Self::Bytes { .. } | Self::Time { .. }
+        )
+    }
 }
 
 /// Guest-virtual memory as one top-level table maps it.
@@ -39,6 +72,18 @@ pub struct Space<'m> {
     root: Root,
     /// Empty until the first translation.
     cache: RefCell<Vec<Cached>>,
+    /// The last page tables that were found at the end of a walk: most stacks are in small pages,
+    /// and a table maps 512 of them.
+    tables: RefCell<[Table; TABLES]>,
+    left: Left,
+}
+
+/// A table of 4 KiB pages.
+#[derive(Clone, Copy)]
+struct Table {
+    /// Which 2 MiB it maps, as the key of a large page.
+    key: u64,
+    at: Gpa,
 }
 
 #[derive(Clone, Copy)]
@@ -58,6 +103,11 @@ const NONE: Cached = Cached {
     inside: 0,
 };
 
+const NO_TABLE: Table = Table {
+    key: u64::MAX,
+    at: Gpa(0),
+};
+
 const fn key(at: Gva, shift: u32) -> u64 {
     at.0 >> shift << 6 | shift as u64
 }
@@ -69,13 +119,21 @@ fn place(key: u64) -> usize {
 }
 
 impl<'m> Space<'m> {
-    /// The memory that `root` maps.
+    /// The memory that `root` maps, within the usual bounds.
     #[must_use]
     pub fn new(memory: &'m dyn GuestMemory, root: Root) -> Self {
+        Self::bounded(memory, root, Bounds::USUAL)
+    }
+
+    /// The memory that `root` maps. Everything that is read through this one stays within `bounds`.
+    #[must_use]
+    pub fn bounded(memory: &'m dyn GuestMemory, root: Root, bounds: Bounds) -> Self {
         Self {
+            left: Left::of(bounds),
             memory,
             root,
             cache: RefCell::default(),
+            tables: RefCell::new([NO_TABLE; TABLES]),
         }
     }
 
@@ -83,6 +141,12 @@ impl<'m> Space<'m> {
     #[must_use]
     pub const fn root(&self) -> Root {
         self.root
+    }
+
+    /// The bounds of what is read.
+    #[must_use]
+    pub const fn bounds(&self) -> Bounds {
+        self.left.bounds()
     }
 
     /// The guest-physical memory below.
@@ -109,6 +173,7 @@ impl<'m> Space<'m> {
         while !rest.is_empty() {
             let (gpa, left) = self.translate(at)?;
             let take = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
+            self.left.spend(take)?;
             let (now, later) = rest.split_at_mut(take);
             self.memory
                 .read(gpa, now)
@@ -165,11 +230,12 @@ impl<'m> Space<'m> {
     /// Where a range is in guest-physical memory, page by page.
     ///
     /// # Errors
-    /// [`WalkError`] for the first page without a translation.
-    pub fn pieces(&self, at: Gva, len: u64) -> Result<Vec<Piece>, WalkError> {
+    /// [`SpaceError`] for the first page without a translation, or when there are too many.
+    pub fn pieces(&self, at: Gva, len: u64) -> Result<Vec<Piece>, SpaceError> {
         let mut pieces: Vec<Piece> = Vec::new();
         let mut done = 0;
         while done < len {
+            self.left.spend(0)?;
             let (gpa, left) = self.translate(at.offset(done))?;
             let take = left.min(len - done);
             match pieces.last_mut() {
@@ -192,18 +258,49 @@ impl<'m> Space<'m> {
         })
     }
 
+    fn by_walk(&self, at: Gva) -> Result<Cached, WalkError> {
+        let mapping = walk(self.memory, self.root, at)?;
+        let inside = mapping.page.bytes() - 1;
+        let large = inside >> (LARGE_SHIFT - 1) != 0;
+        let region = key(at, LARGE_SHIFT);
+        if !large {
+            if let Some(table) = self.tables.borrow_mut().get_mut(place(region) % TABLES) {
+                *table = Table {
+                    key: region,
+                    at: Gpa(mapping.entry.at.0 & ADDRESS),
+                };
+            }
+        }
+        Ok(Cached {
+            key: key(at, if large { LARGE_SHIFT } else { SMALL_SHIFT }),
+            page: Gpa(mapping.gpa.0 & !inside),
+            inside,
+        })
+    }
+
+    /// By a table of small pages that a walk has led to; the way there is the same.
+    fn by_table(&self, at: Gva) -> Option<Cached> {
+        let region = key(at, LARGE_SHIFT);
+        let table = *self.tables.borrow().get(place(region) % TABLES)?;
+        let index = at.0 >> SMALL_SHIFT & 0x1ff;
+        let raw = (table.key == region)
+            .then(|| self.memory.read_u64(table.at.offset(index * 8)).ok())
+            .flatten()?;
+        (raw & PRESENT != 0).then_some(Cached {
+            key: key(at, SMALL_SHIFT),
+            page: Gpa(raw & ADDRESS),
+            inside: PageSize::Small.bytes() - 1,
+        })
+    }
+
     /// The physical address of `at`, and how many bytes its page still has from there.
     fn translate(&self, at: Gva) -> Result<(Gpa, u64), WalkError> {
         let cached = match self.remembered(at) {
             Some(cached) => cached,
             None => {
-                let mapping = walk(self.memory, self.root, at)?;
-                let inside = mapping.page.bytes() - 1;
-                let large = inside >> (LARGE_SHIFT - 1) != 0;
-                let cached = Cached {
-                    key: key(at, if large { LARGE_SHIFT } else { SMALL_SHIFT }),
-                    page: Gpa(mapping.gpa.0 & !inside),
-                    inside,
+                let cached = match self.by_table(at) {
+                    Some(cached) => cached,
+                    None => self.by_walk(at)?,
                 };
                 let mut cache = self.cache.borrow_mut();
                 if cache.is_empty() {

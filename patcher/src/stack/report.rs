@@ -8,7 +8,7 @@ use super::{End, Frame, FrameKind, Reliability, StackKind, StackLayout, Trace, U
 use crate::Kernel;
 use crate::guest::{Activity, Gva, Slide, Vcpu};
 use crate::space::Space;
-use crate::tasks::{Task, TaskAddr, TaskLayout};
+use crate::tasks::{Task, TaskAddr, TaskLayout, TaskState};
 
 /// Frames of one task that are told. A stack that is well has far fewer.
 const MAX_FRAMES: usize = 256;
@@ -81,6 +81,8 @@ pub struct TheTask {
     pub tgid: u32,
     /// Name, at most 15 characters.
     pub comm: String,
+    /// State as `ps` shows it.
+    pub state: TaskState,
     /// The vCPU that it is on.
     pub vcpu: Option<u32>,
     /// Its `task_struct`.
@@ -222,6 +224,7 @@ pub fn unwind(
             task: TheTask {
                 pid: task.pid,
                 tgid: task.tgid,
+                state: task.shown(),
                 vcpu: unwinder.vcpu_of(&task).map(|on| on.vcpu.index),
                 comm: task.comm,
                 address: task.address,

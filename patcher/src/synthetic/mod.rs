@@ -21,6 +21,7 @@ mod kallsyms;
 mod orc;
 mod plan;
 pub mod ram;
+mod restless;
 mod shape;
 
 pub use btf::Btf;
@@ -32,6 +33,7 @@ pub use kallsyms::{Kallsyms, SyntheticSymbol};
 pub use orc::Orc;
 pub use plan::{PER_CPU_SIZE, Plan, STACK_SIZE, VARIABLES};
 pub use ram::{FakeGuest, Place};
+pub use restless::Restless;
 pub use shape::{Shape, Span};
 
 use crate::guest::LinkAddr;

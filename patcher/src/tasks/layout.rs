@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::list::TaskAddr;
+use super::parts::{Parts, pointer_at};
 use super::probes::ReturnProbes;
 use crate::Kernel;
 use crate::guest::LinkAddr;
@@ -29,8 +30,10 @@ pub struct TaskLayout {
 }
 
 /// Members of `task_struct`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct TaskFields {
+    /// All of them that are told of a task.
+    pub(super) all: Parts,
     pub(crate) size: u64,
     pub(crate) tasks: u64,
     pub(crate) thread_node: u64,
@@ -39,6 +42,7 @@ pub(crate) struct TaskFields {
     pub(crate) tgid: Field,
     pub(crate) comm: Field,
     pub(crate) state: Field,
+    pub(crate) exit_state: Field,
     pub(crate) flags: Field,
     pub(crate) stack: u64,
     pub(crate) sp: u64,
@@ -106,25 +110,28 @@ impl TaskLayout {
         let types = kernel.types();
         let task = |path| types.field("task_struct", path);
         let rq = |path| types.field("rq", path).map(|field| field.offset);
+        let fields = TaskFields {
+            all: Parts::default(),
+            size: types.size_of("task_struct")?,
+            tasks: task("tasks")?.offset,
+            thread_node: task("thread_node")?.offset,
+            signal: task("signal")?.offset,
+            pid: task("pid")?,
+            tgid: task("tgid")?,
+            comm: task("comm")?,
+            // Renamed and narrowed in 5.14.
+            state: either(task("__state"), || task("state"))?,
+            exit_state: task("exit_state")?,
+            flags: task("flags")?,
+            stack: task("stack")?.offset,
+            sp: task("thread.sp")?.offset,
+            on_cpu: task("on_cpu")?,
+            on_rq: task("on_rq")?,
+        };
         Ok(Self {
             init_task: symbols.address("init_task")?,
             nr_threads: optional(symbols, "nr_threads"),
-            task: TaskFields {
-                size: types.size_of("task_struct")?,
-                tasks: task("tasks")?.offset,
-                thread_node: task("thread_node")?.offset,
-                signal: task("signal")?.offset,
-                pid: task("pid")?,
-                tgid: task("tgid")?,
-                comm: task("comm")?,
-                // Renamed and narrowed in 5.14.
-                state: either(task("__state"), || task("state"))?,
-                flags: task("flags")?,
-                stack: task("stack")?.offset,
-                sp: task("thread.sp")?.offset,
-                on_cpu: task("on_cpu")?,
-                on_rq: task("on_rq")?,
-            },
+            task: fields.complete(),
             list_next: types.field("list_head", "next")?.offset,
             thread_head: types.field("signal_struct", "thread_head")?.offset,
             stack_size: stack_size(kernel)?,
@@ -140,6 +147,25 @@ impl TaskLayout {
             returns: shadow_returns(kernel),
             entry_text: optional_range(kernel, "__entry_text_start", "__entry_text_end"),
         })
+    }
+}
+
+impl TaskFields {
+    /// With what is read of every task.
+    pub(super) fn complete(mut self) -> Self {
+        let numbers = [
+            self.pid,
+            self.tgid,
+            self.comm,
+            self.state,
+            self.exit_state,
+            self.flags,
+            self.on_cpu,
+            self.on_rq,
+        ];
+        let pointers = [self.stack, self.sp].map(pointer_at);
+        self.all = Parts::of(numbers.into_iter().chain(pointers));
+        self
     }
 }
 

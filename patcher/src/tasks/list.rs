@@ -9,9 +9,14 @@ use std::collections::HashSet;
 use std::fmt;
 
 use super::layout::{Exiting, TaskLayout};
+use super::parts::{Parts, Record};
+use super::state::TaskState;
 use crate::guest::Gva;
 use crate::space::{Located, Space, SpaceError};
 use crate::types::Field;
+
+/// Longest name that is believed; TASK_COMM_LEN is 16.
+const MAX_COMM: usize = 64;
 
 /// Address of a `task_struct` in the guest.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize)]
@@ -31,6 +36,8 @@ pub struct Task {
     pub comm: String,
     /// State bits as the kernel has them (0: it runs or can run).
     pub state: u64,
+    /// Bits of the way in which it ended, as the kernel has them; 0 while it lives.
+    pub exit_state: u64,
     /// PF_ flags as the kernel has them.
     pub flags: u64,
     /// It is on a CPU, or just being switched to or from.
@@ -41,6 +48,14 @@ pub struct Task {
     pub stack: Gva,
     /// Its saved stack pointer. Stale while it is on a CPU.
     pub sp: Gva,
+}
+
+impl Task {
+    /// Its state as `ps` shows it.
+    #[must_use]
+    pub const fn shown(&self) -> TaskState {
+        TaskState::of(self.state, self.exit_state)
+    }
 }
 
 impl fmt::Display for Task {
@@ -119,7 +134,7 @@ pub(super) struct Walker<'a, 'm> {
     pub(super) space: &'a Space<'m>,
     pub(super) located: &'a Located,
     pub(super) layout: &'a TaskLayout,
-    /// More tasks than this do not fit into the guest's memory.
+    /// More tasks than this do not fit into the guest's memory, or are not looked at.
     pub(super) limit: usize,
 }
 
@@ -135,7 +150,9 @@ impl<'a, 'm> Walker<'a, 'm> {
             space,
             located,
             layout,
-            limit: usize::try_from(limit).unwrap_or(usize::MAX),
+            limit: usize::try_from(limit)
+                .unwrap_or(usize::MAX)
+                .min(space.bounds().entries),
         }
     }
 
@@ -143,6 +160,13 @@ impl<'a, 'm> Walker<'a, 'm> {
     pub(super) fn all(&self) -> Result<Vec<Task>, TaskError> {
         let mut found = self.listed()?;
         self.compare_count(&found.tasks)?;
+        self.unlisted(&mut found)?;
+        Ok(found.tasks)
+    }
+
+    /// The tasks that are there, whether or not they are as many as the kernel counts.
+    pub(super) fn uncounted(&self) -> Result<Vec<Task>, TaskError> {
+        let mut found = self.listed()?;
         self.unlisted(&mut found)?;
         Ok(found.tasks)
     }
@@ -292,17 +316,23 @@ impl<'a, 'm> Walker<'a, 'm> {
     }
 
     /// The structures on a list, `member` bytes before their entries.
+    ///
+    /// A circle is noticed by comparing each entry with an earlier one, which is taken anew after
+    /// 1, 2, 4, 8 … steps: at the latest when the circle was gone through twice.
     fn entries(&self, what: &'static str, head: Gva, member: u64) -> Result<Vec<Gva>, TaskError> {
         let mut found = Vec::new();
-        let mut seen = HashSet::new();
         let next = self.layout.list_next;
         let mut at = self.pointer(what, head.offset(next))?;
+        let mut earlier = head;
         while at != head {
-            if !seen.insert(at) {
+            if at == earlier {
                 return Err(TaskError::Circle { what, at });
             }
             found.push(Gva(at.0.wrapping_sub(member)));
             self.bound(what, found.len())?;
+            if found.len().is_power_of_two() {
+                earlier = at;
+            }
             at = self.pointer(what, at.offset(next))?;
         }
         Ok(found)
@@ -329,29 +359,38 @@ impl<'a, 'm> Walker<'a, 'm> {
 
     fn task(&self, address: Gva) -> Result<Task, TaskError> {
         let fields = &self.layout.task;
-        let read = |field: Field| self.number("task", address.offset(field.offset), field.size);
-        let narrow = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
-        let mut comm = vec![0; usize::try_from(fields.comm.size.min(64)).unwrap_or(0)];
-        self.space
-            .read(address.offset(fields.comm.offset), &mut comm)
+        let record = self.record(address, &fields.all)?;
+        let narrow = |field| u32::try_from(record.number(field)).unwrap_or(u32::MAX);
+        let comm = record.bytes(fields.comm);
+        let comm = comm.get(..comm.len().min(MAX_COMM)).unwrap_or_default();
+        let end = memchr::memchr(0, comm).unwrap_or(comm.len());
+        Ok(Task {
+            address: TaskAddr(address),
+            pid: narrow(fields.pid),
+            tgid: narrow(fields.tgid),
+            comm: String::from_utf8_lossy(comm.get(..end).unwrap_or_default()).into_owned(),
+            state: record.number(fields.state),
+            exit_state: record.number(fields.exit_state),
+            flags: record.number(fields.flags),
+            on_cpu: record.number(fields.on_cpu) != 0,
+            on_rq: record.number(fields.on_rq) != 0,
+            stack: record.pointer(fields.stack),
+            sp: record.pointer(fields.sp),
+        })
+    }
+
+    /// Reads those parts of a task that hold the members of `parts`.
+    pub(super) fn record<'p>(
+        &self,
+        address: Gva,
+        parts: &'p Parts,
+    ) -> Result<Record<'p>, TaskError> {
+        parts
+            .read(self.space, address)
             .map_err(|source| TaskError::Unreadable {
                 what: "task",
                 source,
-            })?;
-        let end = comm.iter().position(|&byte| byte == 0);
-        comm.truncate(end.unwrap_or(comm.len()));
-        Ok(Task {
-            address: TaskAddr(address),
-            pid: narrow(read(fields.pid)?),
-            tgid: narrow(read(fields.tgid)?),
-            comm: String::from_utf8_lossy(&comm).into_owned(),
-            state: read(fields.state)?,
-            flags: read(fields.flags)?,
-            on_cpu: read(fields.on_cpu)? != 0,
-            on_rq: read(fields.on_rq)? != 0,
-            stack: self.pointer("task", address.offset(fields.stack))?,
-            sp: self.pointer("task", address.offset(fields.sp))?,
-        })
+            })
     }
 
     pub(super) fn pointer(&self, what: &'static str, at: Gva) -> Result<Gva, TaskError> {

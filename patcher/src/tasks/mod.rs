@@ -6,6 +6,7 @@
 
 mod layout;
 mod list;
+mod parts;
 mod pids;
 mod probes;
 mod scan;
@@ -35,6 +36,18 @@ pub fn tasks(
     layout: &TaskLayout,
 ) -> Result<Vec<Task>, TaskError> {
     list::Walker::new(space, located, layout).all()
+}
+
+/// As [`tasks`], also when the kernel counts another number of threads. Only for showing.
+///
+/// # Errors
+/// [`TaskError`] when a list cannot be followed to its end.
+pub fn tasks_to_show(
+    space: &Space<'_>,
+    located: &Located,
+    layout: &TaskLayout,
+) -> Result<Vec<Task>, TaskError> {
+    list::Walker::new(space, located, layout).uncounted()
 }
 
 /// Every context that may come back to an address in `windows`.

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 
 use super::layout::TaskLayout;
 use super::list::{Task, TaskAddr, TaskError, Walker};
+use super::parts::{Parts, pointer_at};
 use super::pids::PidTable;
 use super::state::{Scheduling, TaskState};
 use crate::Kernel;
@@ -23,7 +24,6 @@ const MAX_TOLD: usize = 16;
 /// Where the kernel keeps what is told of a task beside [`Task`].
 #[derive(Clone, Debug)]
 pub struct SurveyLayout {
-    pub(super) exit_state: Field,
     pub(super) parent: u64,
     /// `task_struct.thread_pid`: a task without one has left its parent.
     pub(super) thread_pid: u64,
@@ -37,6 +37,8 @@ pub struct SurveyLayout {
     /// What a CPU runs: the variable, and where in it the pointer is.
     pub(super) current: (PerCpuVariable, u64),
     pub(super) pids: Option<PidTable>,
+    /// All members of a task that are told.
+    pub(super) all: Parts,
 }
 
 impl SurveyLayout {
@@ -54,7 +56,6 @@ impl SurveyLayout {
             Err(_) => (variable("current_task")?, 0),
         };
         Ok(Self {
-            exit_state: task("exit_state")?,
             parent: task("real_parent")?.offset,
             thread_pid: task("thread_pid")?.offset,
             tgid: task("tgid")?,
@@ -67,7 +68,23 @@ impl SurveyLayout {
             delayed: task("se.sched_delayed").ok(),
             current,
             pids: PidTable::of(kernel),
-        })
+            all: Parts::default(),
+        }
+        .complete())
+    }
+
+    /// With what is read of every task.
+    pub(super) fn complete(mut self) -> Self {
+        let numbers = [
+            self.tgid,
+            self.cpu,
+            self.voluntary,
+            self.involuntary,
+            self.started,
+        ];
+        let pointers = [self.parent, self.thread_pid, self.mm].map(pointer_at);
+        self.all = Parts::of(numbers.into_iter().chain(self.delayed).chain(pointers));
+        self
     }
 }
 
@@ -250,23 +267,18 @@ impl Reader<'_> {
     fn describe(&self, task: &Task, listed: bool) -> Result<TaskInfo, TaskError> {
         let more = self.more;
         let at = task.address.0;
-        let read = |field: Field| {
-            let raw = self
-                .walker
-                .number("task", at.offset(field.offset), field.size);
-            raw.map(|raw| field.bits.map_or(raw, |bits| bits.extract(raw)))
-        };
-        let pointer = |offset| self.walker.pointer("task", at.offset(offset));
-        let delayed = more.delayed.map_or(Ok(0), read)? != 0;
-        let has_mm = pointer(more.mm)?.0 != 0;
+        let record = self.walker.record(at, &more.all)?;
+        let read = |field| record.number(field);
+        let delayed = more.delayed.is_some_and(|field| read(field) != 0);
+        let has_mm = record.pointer(more.mm).0 != 0;
         let kind = match task.flags & KERNEL_THREAD {
             _ if self.idle.contains(&at) => TaskKind::Idle,
             0 => TaskKind::User,
             _ => TaskKind::Kernel,
         };
-        let ppid = match pointer(more.parent)? {
+        let ppid = match record.pointer(more.parent) {
             // As /proc has it: a task that was waited for has no parent any more.
-            parent if parent.0 != 0 && pointer(more.thread_pid)?.0 != 0 => {
+            parent if parent.0 != 0 && record.pointer(more.thread_pid).0 != 0 => {
                 let tgid = parent.offset(more.tgid.offset);
                 narrow(self.walker.number("task", tgid, more.tgid.size)?)
             }
@@ -278,16 +290,16 @@ impl Reader<'_> {
             tgid: task.tgid,
             ppid,
             comm: task.comm.clone(),
-            state: TaskState::of(task.state, read(more.exit_state)?),
+            state: task.shown(),
             scheduling: Scheduling::of(task.on_cpu, task.on_rq, task.state, delayed),
             kind,
-            cpu: narrow(read(more.cpu)?),
+            cpu: narrow(read(more.cpu)),
             vcpu: vcpu.map(|&(_, index)| index),
             on_cpu: task.on_cpu,
             on_rq: task.on_rq,
-            nvcsw: read(more.voluntary)?,
-            nivcsw: read(more.involuntary)?,
-            start_time_ns: read(more.started)?,
+            nvcsw: read(more.voluntary),
+            nivcsw: read(more.involuntary),
+            start_time_ns: read(more.started),
             has_mm,
             listed,
             address: task.address,

@@ -1,4 +1,5 @@
 use super::layout::{CpuStack, Exiting, RunQueues, ShadowReturns, TaskFields};
+use super::parts::Parts;
 use super::probes::{Place, ReturnProbes};
 use super::*;
 use crate::guest::fake::FakeGuest;
@@ -36,6 +37,7 @@ fn layout() -> TaskLayout {
         init_task: INIT,
         nr_threads: Some(NR_THREADS),
         task: TaskFields {
+            all: Parts::default(),
             size: TASK_SIZE,
             tasks: 0x10,
             thread_node: 0x20,
@@ -44,12 +46,14 @@ fn layout() -> TaskLayout {
             tgid: field(0x3c, 4),
             comm: field(0x40, 16),
             state: field(0x50, 4),
+            exit_state: field(0xa8, 4),
             flags: field(0x54, 4),
             stack: 0x58,
             sp: 0x60,
             on_cpu: field(0x68, 1),
             on_rq: field(0x69, 1),
-        },
+        }
+        .complete(),
         list_next: 0,
         thread_head: 0x10,
         stack_size: STACK,
@@ -107,6 +111,7 @@ impl Guest {
             phys_base: Gpa(0),
             page_offset_base: None,
             per_cpu: PerCpu::single(0, AREA.0),
+            bounds: crate::space::Bounds::USUAL,
         };
         let mut guest = Self {
             fake,
@@ -537,7 +542,6 @@ mod surveys {
 
     fn more() -> SurveyLayout {
         SurveyLayout {
-            exit_state: field(0xa8, 4),
             parent: 0xb0,
             thread_pid: 0xb8,
             tgid: field(0x3c, 4),
@@ -556,7 +560,9 @@ mod surveys {
                 first: 0x10,
                 link: 0xf0,
             }),
+            all: Parts::default(),
         }
+        .complete()
     }
 
     impl Guest {

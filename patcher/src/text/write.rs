@@ -1,14 +1,11 @@
 //! Writing guest-virtual memory of a stopped guest.
 
 use crate::guest::{Gva, MemoryError, StoppedGuest};
-use crate::space::{Piece, Space, SpaceError, WalkError};
+use crate::space::{Piece, Space, SpaceError};
 
 /// Why memory could not be written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WriteError {
-    /// There is no translation.
-    #[error(transparent)]
-    Walk(#[from] WalkError),
     /// It cannot be read before it is written.
     #[error(transparent)]
     Read(#[from] SpaceError),

@@ -218,6 +218,7 @@ impl Guest {
             phys_base: Gpa(0),
             page_offset_base: None,
             per_cpu: PerCpu::single(0, CPU.0),
+            bounds: crate::space::Bounds::USUAL,
         };
         Self {
             fake,
@@ -230,6 +231,7 @@ impl Guest {
                 tgid: 7,
                 comm: "test".into(),
                 state: 1,
+                exit_state: 0,
                 flags: 0,
                 on_cpu: false,
                 on_rq: false,

@@ -79,6 +79,7 @@ impl ModulesLayout {
             let next = space.read_pointer(entry.offset(self.next));
             next.map_err(unreadable(what))
         };
+        let limit = MAX_MODULES.min(space.bounds().entries);
         let mut found = Vec::new();
         let mut seen = HashSet::new();
         let mut at = next(head)?;
@@ -86,11 +87,8 @@ impl ModulesLayout {
             if !seen.insert(at) {
                 return Err(ModulesError::Circle { what, at });
             }
-            if found.len() == MAX_MODULES {
-                return Err(ModulesError::Endless {
-                    what,
-                    limit: MAX_MODULES,
-                });
+            if found.len() == limit {
+                return Err(ModulesError::Endless { what, limit });
             }
             found.push(Gva(at.0.wrapping_sub(member)));
             at = next(at)?;

@@ -119,6 +119,7 @@ impl Guest {
             phys_base: Gpa(0),
             page_offset_base: None,
             per_cpu: PerCpu::none(),
+            bounds: crate::space::Bounds::USUAL,
         };
         Self {
             fake,
