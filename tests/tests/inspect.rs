@@ -36,6 +36,52 @@ fn dumped(guest: &Guest, kernel_file: &Path) -> Result<Value, Failure> {
     Ok(answer["text"].clone())
 }
 
+/// A dump says of its tasks what the guest says of them when it is asked.
+fn offline(guest: &Guest, kernel_file: &Path) -> TestResult {
+    let core = guest.dir().join("core");
+    let (core, file) = (
+        core.display().to_string(),
+        kernel_file.display().to_string(),
+    );
+    let mut qmp = guest.control()?;
+    qmp.execute("stop", json!({}))?;
+    guest.stillpoint(&["dump", &core])?.ok()?;
+    let parts = "cpus,tasks,modules,stacks";
+    let inspect = [
+        "inspect", &core, "--kernel", &file, "--show", parts, "--json",
+    ];
+    let said = Ran::stillpoint(&inspect)?.ok()?;
+    let told = parsed(&said)?;
+    let live = |command: &str, name: &str| {
+        let answer = parsed(&guest.stillpoint(&[command, "--json"])?.ok()?)?;
+        Ok::<_, Failure>(answer[name].clone())
+    };
+    for (command, name) in [
+        ("tasks", "tasks"),
+        ("stacks", "tasks"),
+        ("stacks", "counts"),
+    ] {
+        assert_eq!(told[command][name], live(command, name)?, "{command}");
+    }
+    assert_eq!(told["modules"], live("modules", "modules")?);
+    assert_eq!(told["cpus"].as_array().map(Vec::len), Some(2), "{said}");
+    assert!(told.get("text").is_none(), "{said}");
+    let states = told["stacks"]["tasks"].as_array().into_iter().flatten();
+    assert!(
+        states.clone().all(|task| task["state"].is_string()),
+        "{said}"
+    );
+    assert!(states.clone().any(|task| task["state"] == "I"), "{said}");
+
+    // A bound that is hit is told, and not taken for an end.
+    let bounded = Ran::stillpoint(&["inspect", &core, "--kernel", &file, "--walk-steps", "500"])?;
+    assert_eq!(bounded.status, 1, "{bounded:?}");
+    assert!(bounded.stderr.contains("500 steps"), "{bounded:?}");
+    qmp.execute("cont", json!({}))?;
+    std::fs::remove_file(&core)?;
+    Ok(())
+}
+
 /// Every foreign place: its function, and who owns it.
 fn owners(text: &Value) -> Vec<(String, String, String)> {
     let foreign = text["foreign"].as_array().map(Vec::as_slice);
@@ -75,6 +121,7 @@ fn explains(version: &str, entry: u64) -> TestResult {
     clean(&live(&guest)?);
     if entry == 0 {
         clean(&dumped(&guest, &file)?);
+        offline(&guest, &file)?;
     }
 
     // A probe at an entry, one behind it, a tracer, and a change of our own.

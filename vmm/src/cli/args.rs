@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use super::bounds::BoundsArgs;
 use super::run::RunArgs;
 use super::values::{Deadline, HexBytes, Site};
 
@@ -143,6 +144,30 @@ pub struct InspectArgs {
         conflicts_with = "kernel"
     )]
     pub function: Option<String>,
+    /// Of a memory dump, only these, separated by commas; without it, all but modules and stacks
+    #[arg(long, value_name = "PARTS", value_delimiter = ',', requires = "kernel")]
+    pub show: Vec<Part>,
+    /// Of a memory dump, only this process with its threads, or this thread
+    #[arg(long, value_name = "PID", requires = "kernel")]
+    pub pid: Option<u32>,
+    /// How far the dump is followed.
+    #[command(flatten)]
+    pub bounds: BoundsArgs,
+}
+
+/// A part of what a memory dump says.
+#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// What each vCPU was doing
+    Cpus,
+    /// The tasks
+    Tasks,
+    /// The modules
+    Modules,
+    /// The stacks of the tasks
+    Stacks,
+    /// Whether the kernel's text is what the kernel makes of it
+    Text,
 }
 
 /// `text`.

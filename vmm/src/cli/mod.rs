@@ -1,6 +1,7 @@
 //! The command line.
 
 pub mod args;
+mod bounds;
 pub mod client;
 mod log;
 pub mod run;

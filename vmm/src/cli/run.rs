@@ -5,7 +5,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Args;
+use patcher::space::Bounds;
 
+use super::bounds::BoundsArgs;
 use super::signals::EndSignals;
 use crate::control::{BindError, ControlServer, ControlSocket, ServerError, command};
 use crate::machine::{
@@ -43,6 +45,9 @@ pub struct RunArgs {
     /// Let the guest see VMX or SVM
     #[arg(long)]
     pub nested: bool,
+    /// How far the guest's memory is followed.
+    #[command(flatten)]
+    pub bounds: BoundsArgs,
 }
 
 /// Reads a size in bytes.
@@ -97,6 +102,7 @@ enum RunError {
 fn boot(args: RunArgs) -> Result<End, RunError> {
     super::log::start();
     let signals = EndSignals::block();
+    let bounds = args.bounds.bounds();
     let control = args
         .control
         .as_deref()
@@ -126,7 +132,9 @@ fn boot(args: RunArgs) -> Result<End, RunError> {
             what: "starting the signal thread",
             source,
         })?;
-    let server = control.map(|socket| serve(socket, &machine)).transpose()?;
+    let server = control
+        .map(|socket| serve(socket, &machine, bounds))
+        .transpose()?;
     give_back_heap();
     let end = machine.run();
     if let Some(server) = server {
@@ -142,8 +150,12 @@ fn give_back_heap() {
 }
 
 /// Serves clients with all commands on this machine.
-fn serve(socket: ControlSocket, machine: &Machine) -> Result<ControlServer, RunError> {
-    let patching = Patching::new(machine.clone());
+fn serve(
+    socket: ControlSocket,
+    machine: &Machine,
+    bounds: Bounds,
+) -> Result<ControlServer, RunError> {
+    let patching = Patching::new(machine.clone(), bounds);
     let mut registry = command::standard(patching::vmcoreinfo_source(machine));
     patching::register(&mut registry, &patching);
     patching

@@ -11,6 +11,7 @@ use patcher::Kernel;
 use patcher::arena::BLOCK;
 use patcher::guest::StoppedGuest;
 use patcher::patch::{Applied, Collected, PatchError, Patcher};
+use patcher::space::Bounds;
 
 use super::error::refusal;
 use crate::control::command::{Context, StopRecord};
@@ -25,6 +26,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Clone)]
 pub struct Patching {
     machine: Machine,
+    bounds: Bounds,
     state: Arc<Mutex<State>>,
 }
 
@@ -135,11 +137,12 @@ impl<R> WithStop<R> {
 }
 
 impl Patching {
-    /// Nothing is opened yet.
+    /// Nothing is opened yet. No look at the guest will go beyond `bounds`.
     #[must_use]
-    pub fn new(machine: Machine) -> Self {
+    pub fn new(machine: Machine, bounds: Bounds) -> Self {
         Self {
             machine,
+            bounds,
             state: Arc::default(),
         }
     }
@@ -260,8 +263,9 @@ impl Patching {
         match &mut state.patcher {
             Some(patcher) => Ok(patcher),
             none => {
-                let patcher = Patcher::new(kernel)
+                let mut patcher = Patcher::new(kernel)
                     .map_err(|error| QmpError::new(Reason::Refused, error.to_string()))?;
+                patcher.set_bounds(self.bounds);
                 Ok(none.insert(patcher))
             }
         }

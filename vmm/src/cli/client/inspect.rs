@@ -4,10 +4,9 @@
 
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use patcher::Kernel;
-use patcher::compare::compare;
 use patcher::error::with_causes;
 use patcher::guest::MemoryImage;
 use patcher::image::Kind;
@@ -16,7 +15,9 @@ use patcher::text::Surveyor;
 use serde_json::{Value, json};
 
 use super::connection::ClientError;
+use super::offline::Offline;
 use super::{render, say};
+use crate::cli::args::{InspectArgs, Part};
 
 /// Functions that `--function` shows at most.
 const MOST_FUNCTIONS: usize = 1000;
@@ -26,34 +27,30 @@ const MAX_KERNEL: u64 = 1 << 30;
 const CORE: [u8; 6] = [0x7f, b'E', b'L', b'F', 2, 1];
 const ET_CORE: [u8; 2] = [4, 0];
 
-/// What is to be inspected.
-pub(super) struct Inspect {
-    pub(super) file: PathBuf,
-    pub(super) kernel: Option<PathBuf>,
-    pub(super) function: Option<String>,
-}
-
-pub(super) fn run(as_json: bool, inspect: &Inspect) -> Result<(), ClientError> {
-    let (mut file, is_dump) = open(&inspect.file)?;
+pub(super) fn run(as_json: bool, inspect: &InspectArgs) -> Result<(), ClientError> {
+    let Some(path) = &inspect.file else {
+        return Ok(());
+    };
+    let (mut file, is_dump) = open(path)?;
     let (answer, show): (Value, fn(&Value) -> String) = if is_dump {
         let Some(kernel) = &inspect.kernel else {
             return Err(ClientError::Usage {
-                path: inspect.file.clone(),
+                path: path.clone(),
                 why: "this is a memory dump: give the file of its kernel with --kernel",
             });
         };
         let (mut kernel_file, _) = open(kernel)?;
         let kernel = open_kernel(kernel, &mut kernel_file)?;
-        let dump = read(&inspect.file, &mut file, u64::MAX)?;
+        let dump = read(path, &mut file, u64::MAX)?;
         (
-            of_dump(&inspect.file, &kernel, dump)?,
+            of_dump(path, inspect, &kernel, dump)?,
             render::inspected_dump,
         )
     } else {
-        let kernel = open_kernel(&inspect.file, &mut file)?;
+        let kernel = open_kernel(path, &mut file)?;
         let function = inspect.function.as_deref();
         (
-            of_kernel(&inspect.file, &kernel, function)?,
+            of_kernel(path, &kernel, function)?,
             render::inspected_kernel,
         )
     };
@@ -168,19 +165,36 @@ fn of_kernel(path: &Path, kernel: &Kernel, function: Option<&str>) -> Result<Val
     Ok(answer)
 }
 
-fn of_dump(path: &Path, kernel: &Kernel, dump: Vec<u8>) -> Result<Value, ClientError> {
+fn of_dump(
+    path: &Path,
+    inspect: &InspectArgs,
+    kernel: &Kernel,
+    dump: Vec<u8>,
+) -> Result<Value, ClientError> {
     let failed = |error: &dyn std::error::Error| refused(path, with_causes(error));
     let mut image = MemoryImage::from_core(dump).map_err(|error| failed(&error))?;
-    let marks = Landmarks::of(kernel).map_err(|error| failed(&error))?;
+    let mut marks = Landmarks::of(kernel).map_err(|error| failed(&error))?;
+    marks.bounds = inspect.bounds.bounds();
     complete_registers(&mut image, &marks).map_err(|error| failed(&error))?;
     let located = Located::find_in_any_state(&image, &marks).map_err(|error| failed(&error))?;
-    let space = located.space(&image);
-    let comparison = compare(kernel, &space, &located, &[]).map_err(|error| failed(&error))?;
     let mut answer = identity(kernel);
     answer["what"] = "dump".into();
     answer["slide"] = format!("{:#x}", located.slide.0).into();
     answer["phys-base"] = json!(located.phys_base);
     answer["possible-cpus"] = located.per_cpu.cpus().count().into();
-    answer["text"] = json!(comparison);
+    let offline = Offline {
+        kernel,
+        image: &image,
+        located: &located,
+        pid: inspect.pid,
+    };
+    let parts = match inspect.show.as_slice() {
+        [] => &[Part::Cpus, Part::Tasks, Part::Text],
+        some => some,
+    };
+    for &part in parts {
+        let (name, told) = offline.part(part).map_err(|why| refused(path, why))?;
+        answer[name] = told;
+    }
     Ok(answer)
 }

@@ -7,6 +7,7 @@
 mod connection;
 mod dump;
 mod inspect;
+mod offline;
 mod render;
 mod request;
 
@@ -28,21 +29,9 @@ const DEADLINE: u8 = 3;
 #[must_use]
 pub fn main(control: Option<PathBuf>, json: bool, command: ClientCommand) -> ExitCode {
     let result = match (command, control) {
-        (
-            ClientCommand::Inspect(InspectArgs {
-                file: Some(file),
-                kernel,
-                function,
-            }),
-            _,
-        ) => inspect::run(
-            json,
-            &inspect::Inspect {
-                file,
-                kernel,
-                function,
-            },
-        ),
+        (ClientCommand::Inspect(inspect @ InspectArgs { file: Some(_), .. }), _) => {
+            inspect::run(json, &inspect)
+        }
         (command, Some(path)) => run(&path, json, command),
         (command, None) => {
             let or = match command {

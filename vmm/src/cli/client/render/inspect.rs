@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::{Map, Value, json};
 
 use super::patching::stalled;
-use super::{anything, bytes, plain};
+use super::{anything, bytes, plain, stacks, tasks, vcpus};
 
 /// A kernel's file.
 pub(in super::super) fn inspected_kernel(answer: &Value) -> String {
@@ -64,7 +64,21 @@ pub(in super::super) fn inspected_dump(answer: &Value) -> String {
     shown["slide"] = answer["slide"].clone();
     shown["physical base"] = answer["phys-base"].clone();
     shown["possible CPUs"] = answer["possible-cpus"].clone();
-    anything(&shown) + "\n" + &comparison(&answer["text"])
+    let mut text = anything(&shown);
+    let mut show = |name: &str, show: &dyn Fn(&Value) -> String| {
+        if let Some(told) = answer.get(name) {
+            text.push('\n');
+            text.push_str(&show(told));
+        }
+    };
+    show("cpus", &vcpus);
+    show("modules", &|modules| {
+        super::modules(&json!({ "modules": modules }))
+    });
+    show("tasks", &tasks);
+    show("stacks", &stacks);
+    show("text", &comparison);
+    text
 }
 
 /// `inspect-text`.

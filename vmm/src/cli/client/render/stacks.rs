@@ -26,9 +26,12 @@ pub(in super::super) fn vcpus(answer: &Value) -> String {
             symbol => plain(symbol),
         };
         let when = |text: String| if started { text } else { "-".to_owned() };
-        json!({
-            "vcpu": vcpu["cpu-index"],
-            "thread": vcpu["thread-id"],
+        let mut row = json!({ "vcpu": vcpu["cpu-index"] });
+        // A dump has no threads.
+        if let Some(thread) = vcpu.get("thread-id") {
+            row["thread"] = thread.clone();
+        }
+        let more = json!({
             "state": plain(&vcpu["activity"]).replace('-', " "),
             "mode": when(mode.to_owned()),
             "at": when(at),
@@ -36,7 +39,11 @@ pub(in super::super) fn vcpus(answer: &Value) -> String {
                 Value::Null => "-".to_owned(),
                 _ => task(vcpu),
             },
-        })
+        });
+        if let (Some(row), Value::Object(more)) = (row.as_object_mut(), more) {
+            row.extend(more);
+        }
+        row
     };
     let rows: Vec<_> = answer.as_array().into_iter().flatten().collect();
     let why = rows.first().and_then(|vcpu| vcpu["no-kernel"].as_str());
@@ -64,7 +71,11 @@ pub(in super::super) fn stacks(answer: &Value) -> String {
             Some("no-stack") => ", gone",
             _ => "",
         };
-        let _ = writeln!(text, "{}{on}{ends}", task(stack));
+        let state = match &stack["state"] {
+            Value::Null => String::new(),
+            state => format!(" {}", plain(state)),
+        };
+        let _ = writeln!(text, "{}{state}{on}{ends}", task(stack));
         for frame in frames(stack) {
             let _ = writeln!(text, "  {}{}", plain(&frame["symbol"]), remarks(frame));
         }
@@ -132,7 +143,7 @@ mod tests {
         let answer = json!({
             "tasks": [
                 {
-                    "pid": 7, "tgid": 7, "comm": "sh\u{7}", "vcpu": null, "reliable": true,
+                    "pid": 7, "tgid": 7, "comm": "sh\u{7}", "state": "S", "vcpu": null, "reliable": true,
                     "end": "user-mode", "unreliable": null, "more-frames": 0,
                     "frames": [
                         {"symbol": "__schedule+0x3d8/0xb50", "kind": "switched", "stack": "task",
@@ -141,7 +152,7 @@ mod tests {
                          "repaired-from": "0xffffffff81090e00"},
                     ],
                 },
-                {"pid": 8, "comm": "busy", "vcpu": 1, "end": "user-mode", "frames": []},
+                {"pid": 8, "comm": "busy", "state": "R", "vcpu": 1, "end": "user-mode", "frames": []},
                 {
                     "pid": 9, "comm": "bad", "more-frames": 3,
                     "frames": [{"symbol": "0x10", "kind": "interrupted", "stack": "nmi"}],
@@ -154,11 +165,11 @@ mod tests {
         });
         assert_eq!(
             stacks(&answer),
-            "sh  (pid 7)\n\
+            "sh  (pid 7) S\n\
              \x20 __schedule+0x3d8/0xb50\n\
              \x20 do_wait+0x5f/0x120  (traced)\n\
              \n\
-             busy (pid 8), on vCPU 1, in user mode\n\
+             busy (pid 8) R, on vCPU 1, in user mode\n\
              \n\
              bad (pid 9)\n\
              \x20 0x10  (interrupted, nmi stack)\n\
