@@ -485,12 +485,9 @@ fn one_table_of_return_probes_for_all_tasks_counts() {
     guest.fake.put_u64(bucket, nodes[0].0 + 0x10);
     let told = |who: &str, node: Gva| {
         let at = node.offset(0x20);
-        format!(
-            "{who} (pid {}) returns to {W} by a tracer at {at}",
-            u32::from(who == "init")
-        )
+        format!("{who} returns to {W} by a tracer at {at}")
     };
-    let expected = [told("init", nodes[0]), told("unknown task", nodes[1])];
+    let expected = [told("init (pid 1)", nodes[0]), told("others", nodes[1])];
     assert_eq!(guest.holdouts(), expected);
     guest.fake.put_u64(nodes[1].offset(0x10), nodes[0].0 + 0x10);
     assert!(matches!(guest.scan(), Err(TaskError::Circle { .. })));
