@@ -163,11 +163,16 @@ impl Client {
         self.doomed || quiet && !self.busy()
     }
 
-    /// What epoll should watch for; a hang-up is always reported, unless nothing is watched.
+    /// What epoll should watch for; a hang-up is always reported, unless nothing is watched. A
+    /// backlog that can be taken again, because the output was read meanwhile, is worth a turn too:
+    /// that the client can be written to is reported at once.
     pub(super) fn interest(&self) -> EventSet {
         let mut wanted = EventSet::empty();
         wanted.set(EventSet::IN, self.hungry());
-        wanted.set(EventSet::OUT, self.output.waiting() > 0);
+        wanted.set(
+            EventSet::OUT,
+            self.output.waiting() > 0 || self.has_backlog(),
+        );
         wanted
     }
 
@@ -179,5 +184,37 @@ impl Client {
 impl AsRawFd for Client {
     fn as_raw_fd(&self) -> RawFd {
         self.stream.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::super::peer::Identity;
+    use super::*;
+
+    #[test]
+    fn what_waits_behind_output_has_its_turn_when_that_was_read() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let somebody = Identity { pid: 1, uid: 0 };
+        let mut client = Client::new(ours, 1, Peer::new(somebody, Arc::default()));
+        client.flush();
+        assert_eq!(client.interest(), EventSet::IN);
+        // An answer larger than any socket's buffer; the line end behind its request is left over.
+        client.output.push(&vec![b'x'; 4 << 20]);
+        client.keep(b"\n");
+        client.flush();
+        assert_eq!(client.interest(), EventSet::OUT);
+        let mut read = vec![0; 1 << 20];
+        while client.output.waiting() > 0 {
+            assert!(theirs.read(&mut read).unwrap() > 0);
+            client.flush();
+        }
+        assert!(client.has_backlog() && !client.hungry());
+        assert_eq!(client.interest(), EventSet::OUT);
+        assert_eq!(client.next_request(&mut &b""[..]), None);
+        assert_eq!(client.interest(), EventSet::IN);
     }
 }
