@@ -73,7 +73,10 @@ fn agree(kernel: &str, from: &Path) -> TestResult {
             (&task["pid"], &task["comm"]),
             (&other["pid"], &other["comm"])
         );
-        assert_eq!(addresses(task), addresses(other), "{task}\n{other}");
+        // A zombie has given its stack back; drgn follows what was left there.
+        if task["end"] != "no-stack" {
+            assert_eq!(addresses(task), addresses(other), "{task}\n{other}");
+        }
         frames += addresses(task).len();
         running += usize::from(!task["vcpu"].is_null());
     }
