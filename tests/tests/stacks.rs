@@ -159,7 +159,7 @@ fn sleepers(kernel: &str) -> TestResult {
 
     let text = guest.stillpoint(&["stacks", "1"])?.ok()?;
     assert!(
-        text.contains("(pid 1)\n  ") && text.contains("entry_SYSCALL_64_after_hwframe+"),
+        text.contains("(pid 1) S\n  ") && text.contains("entry_SYSCALL_64_after_hwframe+"),
         "{text}"
     );
     assert!(text.contains("1 of 1 stacks are reliable"), "{text}");
