@@ -57,7 +57,7 @@ pub enum Frame {
     StdinTaken,
     /// The machine takes commands. From the keeper with the build and set-up that it runs.
     Ready(String),
-    /// From the agent, every second.
+    /// From the agent, every second. To the agent: nothing, but an interrupt.
     Beat,
     /// From the agent: output of the command.
     Stdout(Vec<u8>),

@@ -4,6 +4,11 @@
 //! Two threads, one for each direction, so that a command whose output nobody reads does not keep
 //! its input from being delivered. The thread that reads from the agent also watches over it: a
 //! machine that is silent for [`SILENCE`] seconds is lost, and so is one whose QEMU ends.
+//!
+//! A silent machine is poked every second. QEMU's emulation of VMRUN and #VMEXIT changes the pending
+//! interrupts of its CPU without the lock that devices take (7.2: `cs->interrupt_request` in
+//! target/i386/tcg/sysemu/svm_helper.c), so now and then an interrupt is lost; when it was the timer
+//! of a machine that then idles, nothing wakes it but the next interrupt of a device.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -17,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, flock};
+use rustix::net::{SendFlags, send};
 
 use super::frame::{Decoder, Frame};
 use super::level1::Level1;
@@ -75,9 +81,11 @@ pub fn keep(machine: usize) -> Result<(), LabError> {
 
     let shared = Arc::new(Shared::default());
     let watched = to_agent.try_clone().map_err(LabError::Talk)?;
+    let to_agent = Arc::new(ToAgent(Mutex::new(to_agent)));
+    let poked = Arc::clone(&to_agent);
     let (for_watcher, started) = (Arc::clone(&shared), Instant::now());
     thread::spawn(move || {
-        let why = watch(&watched, &for_watcher, started);
+        let why = watch(&watched, &poked, &for_watcher, started);
         let mut state = for_watcher.lock();
         if let Some(client) = &state.client {
             let _ = (&**client).write_all(&Frame::Lost(why.clone()).encode());
@@ -91,8 +99,25 @@ pub fn keep(machine: usize) -> Result<(), LabError> {
     served
 }
 
+/// The stream to the agent, to write whole frames to.
+struct ToAgent(Mutex<UnixStream>);
+
+impl ToAgent {
+    fn send(&self, frame: &Frame) -> io::Result<()> {
+        let mut agent = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        agent.write_all(&frame.encode())
+    }
+
+    /// Lets the machine have an interrupt, without waiting: what waits to be written does as well.
+    fn poke(&self) {
+        if let Ok(agent) = self.0.try_lock() {
+            let _ = send(&*agent, &Frame::Beat.encode(), SendFlags::DONTWAIT);
+        }
+    }
+}
+
 /// Reads frames from the agent and passes them to the client, until the machine is lost.
-fn watch(mut agent: &UnixStream, shared: &Shared, started: Instant) -> String {
+fn watch(mut agent: &UnixStream, to_agent: &ToAgent, shared: &Shared, started: Instant) -> String {
     let mut decoder = Decoder::default();
     let mut bytes = vec![0; 64 << 10];
     let mut silent = 0;
@@ -112,6 +137,9 @@ fn watch(mut agent: &UnixStream, shared: &Shared, started: Instant) -> String {
             Err(error) => return error.to_string(),
         }
         let ready = shared.lock().ready;
+        if ready && silent > 0 {
+            to_agent.poke();
+        }
         if ready && silent >= SILENCE {
             return format!("no sign of life for {SILENCE} s");
         }
@@ -156,7 +184,7 @@ fn serve(
     home: &Home,
     machine: usize,
     listener: &UnixListener,
-    agent: &UnixStream,
+    agent: &ToAgent,
     shared: &Shared,
     build: &str,
 ) -> Result<(), LabError> {
@@ -193,7 +221,7 @@ fn serve(
         state.client = None;
         // The client is gone, so its command has to go.
         if state.busy && state.lost.is_none() {
-            let _ = (&*agent).write_all(&Frame::Signal(9).encode());
+            let _ = agent.send(&Frame::Signal(9));
         }
         while state.busy && state.lost.is_none() {
             state = wait(shared, state);
@@ -229,11 +257,7 @@ fn wait_for_client(listener: &UnixListener) -> Result<bool, LabError> {
 }
 
 /// Passes a client's frames to the agent until it hangs up.
-fn converse(
-    mut client: &UnixStream,
-    mut agent: &UnixStream,
-    shared: &Shared,
-) -> Result<(), io::Error> {
+fn converse(mut client: &UnixStream, agent: &ToAgent, shared: &Shared) -> Result<(), io::Error> {
     let mut decoder = Decoder::default();
     let mut bytes = vec![0; 64 << 10];
     loop {
@@ -247,7 +271,7 @@ fn converse(
             if matches!(frame, Frame::Run(_)) {
                 shared.lock().busy = true;
             }
-            agent.write_all(&frame.encode())?;
+            agent.send(&frame)?;
         }
     }
 }
