@@ -210,3 +210,222 @@ fn nobody_else_holds_a_grace_period_up() -> TestResult {
         Ok(())
     })
 }
+
+/// Attaches with more than a site.
+fn attach_as(qmp: &mut Qmp, request: Value) -> Result<u64, Failure> {
+    number(&qmp.execute("probe-attach", request)?, "/id")
+}
+
+fn probe(qmp: &mut Qmp, id: u64) -> Result<Value, Failure> {
+    let reply = qmp.execute("query-probes", json!({}))?;
+    let mut all = reply["probes"].as_array().into_iter().flatten();
+    let found = all.find(|probe| probe["id"] == json!(id)).cloned();
+    found.ok_or_else(|| Failure::new(format!("no probe {id} in {reply}")))
+}
+
+/// What callbacks have added up in the guest.
+fn take_sum(guest: &Guest) -> Result<i64, Failure> {
+    let sum = guest.sh("cat /proc/sys/kernel/panic; echo 0 >/proc/sys/kernel/panic")?;
+    let parsed = sum.trim().parse();
+    parsed.map_err(|_| Failure::new(format!("no number: {sum}")))
+}
+
+fn callbacks(kernel: &str) -> TestResult {
+    const SITE: &str = "version_proc_show";
+    const READS: i64 = 20;
+    let guest = Guest::boot(kernel).cpus(2).start()?;
+    let mut qmp = guest.control()?;
+    let before = guest.sh("cat /proc/version")?;
+    let read = |times: i64| -> Result<(), Failure> {
+        let said = guest.sh(&format!(
+            "for i in $(seq {times}); do cat /proc/version; done | uniq"
+        ))?;
+        assert_eq!(said, before);
+        Ok(())
+    };
+    let object = |name: &str| replacement(name).display().to_string();
+    take_sum(&guest)?;
+
+    // Everything that is built in, and code twice with different data, on one site.
+    let add = |data: u64, priority: i32| {
+        json!({
+            "site": SITE, "object": object("add"), "data": data, "priority": priority,
+        })
+    };
+    let once = attach_as(&mut qmp, add(1, 0))?;
+    read(READS)?;
+    assert_eq!(take_sum(&guest)?, READS, "one alone");
+    let hundred = attach_as(&mut qmp, add(100, 7))?;
+    let counted = attach(&mut qmp, SITE)?;
+    let histogram = attach_as(
+        &mut qmp,
+        json!({"site": SITE, "callback": "histogram", "registers": ["di"]}),
+    )?;
+    let records = attach_as(
+        &mut qmp,
+        json!({"site": SITE, "callback": "record", "registers": ["di", "sp"], "records": 8}),
+    )?;
+    let never = attach_as(&mut qmp, json!({"site": SITE, "if": "di==0"}))?;
+    let always = attach_as(
+        &mut qmp,
+        json!({"site": SITE, "if": "di>=0xffff800000000000"}),
+    )?;
+    read(READS)?;
+    assert_eq!(
+        take_sum(&guest)?,
+        READS * 101,
+        "both, each with its own data"
+    );
+    for (id, hits) in [
+        (once, 2 * READS),
+        (hundred, READS),
+        (counted, READS),
+        (never, 0),
+        (always, READS),
+    ] {
+        assert_eq!(probe(&mut qmp, id)?["hits"], hits, "probe {id}");
+    }
+    let told = qmp.execute("query-histogram", json!({"id": histogram}))?;
+    let all: u64 = told["cpus"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .flat_map(|cpu| {
+            cpu.as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_u64)
+                .collect::<Vec<_>>()
+        })
+        .sum();
+    assert_eq!(i64::try_from(all)?, READS, "{told}");
+    // Addresses of the direct map have their highest bit set: the last bucket.
+    assert!(
+        told["cpus"].as_array().is_some_and(|cpus| cpus
+            .iter()
+            .any(|cpu| cpu.as_array().is_some_and(|cpu| cpu.len() == 65))),
+        "{told}"
+    );
+    let told = qmp.execute("query-records", json!({"id": records}))?;
+    assert_eq!(
+        (&told["lost"], &told["next"]),
+        (&json!(READS - 8), &json!(READS)),
+        "{told}"
+    );
+    let kept = told["records"].as_array().cloned().unwrap_or_default();
+    assert_eq!(kept.len(), 8, "{told}");
+    for record in &kept {
+        assert!(
+            record["values"][0]
+                .as_str()
+                .is_some_and(|di| di.starts_with("0xffff")),
+            "{record}"
+        );
+        assert!(
+            record["values"][1]
+                .as_str()
+                .is_some_and(|sp| sp.starts_with("0xffff")),
+            "{record}"
+        );
+    }
+    let told = qmp.execute("query-records", json!({"id": records, "since": READS}))?;
+    assert_eq!(told["records"], json!([]), "{told}");
+
+    // They go while both vCPUs come by, and the others stay right.
+    guest.sh("(while :; do cat /proc/version; done) >/dev/null 2>&1 & echo $! >/tmp/busy")?;
+    for id in [once, counted, records, never, histogram, always] {
+        qmp.execute("probe-detach", json!({"id": id}))?;
+    }
+    guest.sh("kill $(cat /tmp/busy); sleep 0.2")?;
+    let (hits, _) = detach(&mut qmp, hundred)?;
+    let ones = take_sum(&guest)? - (i64::try_from(hits)? - READS) * 100;
+    assert!(
+        (0..100).contains(&ones),
+        "only whole calls: {ones} after {hits} hits"
+    );
+    all_freed(&mut qmp)?;
+
+    // A nested hit of a callback is skipped and counted; a count is not a callback.
+    take_sum(&guest)?;
+    let nested = json!({"object": object("nested"), "data": 1000});
+    let at = |site: &str| {
+        let mut request = nested.clone();
+        request["site"] = json!(site);
+        request
+    };
+    let outer = attach_as(&mut qmp, at(SITE))?;
+    let inner = attach_as(&mut qmp, at("jiffies_to_msecs"))?;
+    let inner_count = attach(&mut qmp, "jiffies_to_msecs")?;
+    read(READS)?;
+    let (outer, inner) = (probe(&mut qmp, outer)?, probe(&mut qmp, inner)?);
+    assert_eq!(
+        (&outer["hits"], &outer["skipped"]),
+        (&json!(READS), &json!(0))
+    );
+    assert!(inner["skipped"].as_i64() >= Some(READS), "{inner}");
+    assert!(hits_of(&mut qmp, inner_count)? >= READS, "{inner}");
+    let sum = take_sum(&guest)?;
+    assert!(
+        (READS..1_000_000).contains(&sum),
+        "{sum}: registers were wrong"
+    );
+    for probe in [&outer, &inner] {
+        qmp.execute("probe-detach", json!({"id": probe["id"]}))?;
+    }
+    qmp.execute("probe-detach", json!({"id": inner_count}))?;
+    all_freed(&mut qmp)?;
+
+    // One that sleeps is left alone until it has come back.
+    let dozer = attach_as(
+        &mut qmp,
+        json!({"site": SITE, "object": object("dozer"), "data": 2000}),
+    )?;
+    guest.sh("cat /proc/version >/tmp/slept & echo $! >/tmp/sleeper; sleep 0.5")?;
+    let pid = guest.sh("cat /tmp/sleeper")?;
+    let (_, reply) = detach(&mut qmp, dozer)?;
+    assert_eq!(
+        reply.pointer("/collected/freed"),
+        Some(&json!([])),
+        "{reply}"
+    );
+    let told = qmp.execute("query-holdouts", json!({}))?.to_string();
+    assert!(told.contains(&format!("pid {}", pid.trim())), "{told}");
+    all_freed(&mut qmp)?;
+    assert_eq!(guest.sh("wait; cat /tmp/slept")?, before);
+    // Where it may not sleep it is skipped.
+    let dozer = attach_as(
+        &mut qmp,
+        json!({"site": "scheduler_tick", "object": object("dozer"), "data": 2000}),
+    )
+    .or_else(|_| {
+        attach_as(
+            &mut qmp,
+            json!({"site": "sched_tick", "object": object("dozer"), "data": 2000}),
+        )
+    })?;
+    guest.sh("sleep 0.5")?;
+    let told = probe(&mut qmp, dozer)?;
+    assert!(
+        told["hits"] == 0 && told["skipped"].as_u64() > Some(0),
+        "{told}"
+    );
+    detach(&mut qmp, dozer)?;
+    all_freed(&mut qmp)?;
+    assert_eq!(guest.complaints()?, "");
+    println!("callbacks: 7 on one site, {READS} hits each, none lost; nested and sleeping ones");
+    Ok(())
+}
+
+fn hits_of(qmp: &mut Qmp, id: u64) -> Result<i64, Failure> {
+    Ok(i64::try_from(hits(qmp, id)?)?)
+}
+
+#[test]
+fn callbacks_on_6_12() -> TestResult {
+    on_kvm(|| callbacks("6.12"))
+}
+
+#[test]
+fn callbacks_on_6_1() -> TestResult {
+    on_kvm(|| callbacks("6.1"))
+}

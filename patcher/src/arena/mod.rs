@@ -202,7 +202,7 @@ impl Arena {
         slot: Slot,
         bytes: &[u8],
     ) -> Result<(), ArenaError> {
-        let block = self.block(slot);
+        let block = self.block(slot.at);
         let len = bytes.len() as u64;
         if len > slot.len || !block.holds(slot.at) {
             return Err(ArenaError::Full {
@@ -214,18 +214,23 @@ impl Arena {
         guest.write(gpa, bytes).map_err(ArenaError::Write)
     }
 
-    /// The first word of a slot, straight from the block's memory.
+    /// Bytes of a block, straight from its memory: whether or not the guest runs.
     ///
     /// # Errors
-    /// [`ArenaError::Write`] when it cannot be read.
-    pub fn read_u64(&self, guest: &dyn GuestMemory, slot: Slot) -> Result<u64, ArenaError> {
-        let block = self.block(slot);
-        let gpa = block.gpa.offset(slot.at.distance_from(block.at));
-        guest.read_u64(gpa).map_err(ArenaError::Write)
+    /// [`ArenaError::Write`] when they cannot be read.
+    pub fn read(
+        &self,
+        memory: &dyn GuestMemory,
+        at: Gva,
+        into: &mut [u8],
+    ) -> Result<(), ArenaError> {
+        let block = self.block(at);
+        let gpa = block.gpa.offset(at.distance_from(block.at));
+        memory.read(gpa, into).map_err(ArenaError::Write)
     }
 
-    fn block(&self, slot: Slot) -> &Block {
-        if self.code.holds(slot.at) {
+    fn block(&self, at: Gva) -> &Block {
+        if self.code.holds(at) {
             &self.code
         } else {
             &self.data
@@ -238,7 +243,7 @@ impl Arena {
     /// [`ArenaError::Write`] when it cannot be cleared; it then stays taken.
     pub fn free(&mut self, guest: &mut dyn StoppedGuest, slot: Slot) -> Result<(), ArenaError> {
         let len = usize::try_from(slot.len.min(BLOCK)).unwrap_or(0);
-        let kind = self.block(slot).kind;
+        let kind = self.block(slot.at).kind;
         self.fill(guest, slot, &vec![kind.filler(); len])?;
         let block = match kind {
             BlockKind::Code => &mut self.code,

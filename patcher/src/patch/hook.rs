@@ -2,6 +2,7 @@
 
 use super::placing::{NewPlace, Placing, give_back};
 use super::report::{Applied, Bytes, Evidence, FtraceMark, Kind, Origin};
+use super::retire::Leaving;
 use super::writing::{change, jump};
 use super::{PatchError, Patcher};
 use crate::guest::{Gva, StoppedGuest};
@@ -62,7 +63,7 @@ impl Patcher {
                     // Somebody may still be in it from its first life.
                     _ => self
                         .retired
-                        .add_placed(id, &placed, origin.at_ms, true, content),
+                        .add(Leaving::new(id, &placed, content, origin.at_ms)),
                 }
                 return Err(error);
             }

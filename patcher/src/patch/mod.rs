@@ -29,7 +29,10 @@ pub use error::PatchError;
 pub use grace::Cookie;
 pub use inspect::{Compared, TextCopy};
 pub use patcher::Patcher;
-pub use probe::{Detached, PreparedProbe, ProbeInfo, ProbeRequest};
+pub use probe::{
+    Callback, Detached, Does, Histogram, NewProbe, PreparedProbe, ProbeInfo, ProbeRequest,
+    Recorded, Records,
+};
 pub use redirect::{NewCode, PreparedRedirect, RedirectRequest};
 pub use report::{
     Applied, Bytes, Closed, Collected, End, EntryId, Evidence, Forgotten, FtraceMark, KernelReport,

@@ -7,11 +7,12 @@ use super::check::Check;
 use super::hook::Hook;
 use super::knowledge::Knowledge;
 use super::ledger::Ledger;
+use super::probe::ProbeSites;
 use super::redirect::{PreparedRedirect, RedirectRequest};
 use super::report::{
     Applied, Bytes, Collected, Forgotten, KernelReport, Kind, Listing, Origin, Reverted,
 };
-use super::retire::{Content, Retirement};
+use super::retire::{Content, Leaving, Retirement};
 use super::text_patch::{PreparedText, TextRequest};
 use super::writing::{change, is_there, still_ours, unmark};
 use super::{EntryId, PatchError};
@@ -41,6 +42,7 @@ pub struct Patcher {
     /// What the code of each applied redirect is.
     pub(super) contents: BTreeMap<EntryId, Content>,
     pub(super) retired: Retirement,
+    pub(super) sites: ProbeSites,
 }
 
 impl Patcher {
@@ -56,6 +58,7 @@ impl Patcher {
             arena: None,
             contents: BTreeMap::new(),
             retired: Retirement::default(),
+            sites: ProbeSites::new(),
         })
     }
 
@@ -239,6 +242,17 @@ impl Patcher {
         id: EntryId,
         origin: &Origin,
     ) -> Result<Reverted, PatchError> {
+        self.revert_for(guest, id, id, origin)
+    }
+
+    /// The same, where the code is then told of by the number `told`.
+    pub(super) fn revert_for(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        id: EntryId,
+        told: EntryId,
+        origin: &Origin,
+    ) -> Result<Reverted, PatchError> {
         let found = self.identify(guest)?;
         let entry = self
             .ledger
@@ -259,7 +273,11 @@ impl Patcher {
         change(guest, root, unmark, entry.address, &entry.before.0)?;
         self.ledger.revert(id, origin.clone());
         if let Some(content) = self.contents.remove(&id) {
-            self.retired.add(&entry, origin.at_ms, content);
+            if let Some(placed) = &entry.code {
+                let leaving = Leaving::new(told, placed, content, origin.at_ms);
+                let leaving = self.leave_site(id, leaving);
+                self.retired.add(leaving);
+            }
         }
         Ok(Reverted {
             entry,
@@ -298,6 +316,7 @@ impl Patcher {
         self.found = None;
         self.contents.clear();
         self.retired.clear();
+        self.sites.clear();
         Forgotten {
             lost: self.ledger.void(why),
             blocks: self
@@ -427,7 +446,11 @@ impl Patcher {
         }
     }
 
-    fn collect_in(&mut self, guest: &mut dyn StoppedGuest, located: &Located) -> Collected {
+    pub(super) fn collect_in(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        located: &Located,
+    ) -> Collected {
         match &mut self.arena {
             Some(arena) => self.retired.collect(guest, located, &self.know, arena),
             None => Collected::default(),

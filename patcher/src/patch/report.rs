@@ -151,8 +151,10 @@ pub struct Retired {
     pub id: EntryId,
     /// Where the code is.
     pub code: Slot,
-    /// Where its data are.
-    pub data: Option<Slot>,
+    /// Other code that only it called, and that is freed with it.
+    pub callbacks: Vec<Slot>,
+    /// Where the data of all of it are.
+    pub data: Vec<Slot>,
     /// Where it goes on in the guest's own text by itself.
     pub goes_on: Vec<Gva>,
     /// Why it is kept for good, when it is.

@@ -11,7 +11,7 @@
 use super::EntryId;
 use super::code::Code;
 use super::knowledge::Knowledge;
-use super::report::{Applied, Collected, Kind, PlacedCode, Retired};
+use super::report::{Collected, PlacedCode, Retired};
 use super::stacks::unwinder;
 use crate::arena::{Arena, ArenaError, Slot};
 use crate::error::with_causes;
@@ -28,12 +28,81 @@ pub(super) struct Retirement {
     all: Vec<Entry>,
 }
 
+/// Code that was unhooked in this stop.
+#[derive(Debug)]
+pub(super) struct Leaving {
+    report: Retired,
+    content: Content,
+    /// Somebody may sleep in it, or in what it calls.
+    sleeps: bool,
+    site: Option<Gva>,
+    kept: Vec<Self>,
+}
+
+impl Leaving {
+    /// What `id` had placed, or placed anew.
+    pub(super) fn new(id: EntryId, placed: &PlacedCode, content: Content, since_ms: u64) -> Self {
+        Self {
+            report: Retired {
+                id,
+                code: placed.code,
+                callbacks: Vec::new(),
+                data: placed.data.into_iter().collect(),
+                goes_on: placed.goes_on.clone(),
+                keep: placed.keep.clone(),
+                since_ms,
+                held_by: Vec::new(),
+                holdouts: Vec::new(),
+                stuck: None,
+            },
+            content,
+            sleeps: true,
+            site: None,
+            kept: Vec::new(),
+        }
+    }
+
+    /// Whether somebody may sleep in it; if nobody says, somebody may.
+    pub(super) fn sleeps(self, sleeps: bool) -> Self {
+        Self { sleeps, ..self }
+    }
+
+    /// It was a trampoline of this site. Earlier ones may use what goes with it.
+    pub(super) fn of_site(self, at: Gva) -> Self {
+        let site = Some(at);
+        Self { site, ..self }
+    }
+
+    /// Code that only it called, and data that only it used, go with it.
+    pub(super) fn with(mut self, code: Option<(PlacedCode, Content)>, data: Slot) -> Self {
+        self.report.data.push(data);
+        match code {
+            Some((placed, content)) if placed.keep.is_some() => {
+                let (id, since_ms) = (self.report.id, self.report.since_ms);
+                let kept = Self::new(id, &placed, content, since_ms);
+                self.kept.push(Self {
+                    site: self.site,
+                    ..kept
+                });
+            }
+            Some((placed, _)) => {
+                self.report.callbacks.push(placed.code);
+                self.report.data.extend(placed.data);
+            }
+            None => {}
+        }
+        self
+    }
+}
+
 #[derive(Debug)]
 struct Entry {
     number: u64,
     report: Retired,
     /// What was placed there, to find it again when the same is placed once more.
     content: Content,
+    /// Where it was hooked, when other trampolines may have used what goes with it.
+    site: Option<Gva>,
     /// Nobody is in it any more, though it is kept.
     clear: bool,
     /// What is known of voluntary switches; `None` for code that may sleep or call.
@@ -48,42 +117,21 @@ pub(super) struct Content {
 }
 
 impl Retirement {
-    /// Takes over what `entry` jumped to.
-    pub(super) fn add(&mut self, entry: &Applied, since_ms: u64, content: Content) {
-        if let Some(placed) = &entry.code {
-            // A probe's trampoline neither sleeps nor calls; new functions may do anything.
-            let sleeps = entry.kind != Kind::Probe;
-            self.add_placed(entry.id, placed, since_ms, sleeps, content);
-        }
-    }
-
-    /// The same for code that was never hooked.
-    pub(super) fn add_placed(
-        &mut self,
-        id: EntryId,
-        placed: &PlacedCode,
-        since_ms: u64,
-        sleeps: bool,
-        content: Content,
-    ) {
+    /// Takes over what nothing jumps to any more.
+    pub(super) fn add(&mut self, leaving: Leaving) {
         self.last += 1;
         self.all.push(Entry {
             number: self.last,
-            report: Retired {
-                id,
-                code: placed.code,
-                data: placed.data,
-                goes_on: placed.goes_on.clone(),
-                keep: placed.keep.clone(),
-                since_ms,
-                held_by: Vec::new(),
-                holdouts: Vec::new(),
-                stuck: None,
-            },
-            content,
+            report: leaving.report,
+            content: leaving.content,
+            site: leaving.site,
             clear: false,
-            since: (!sleeps).then(Switches::new),
+            since: (!leaving.sleeps).then(Switches::new),
         });
+        // It comes after what called it, and outlives that.
+        for kept in leaving.kept {
+            self.add(kept);
+        }
     }
 
     /// The number of what was unhooked last.
@@ -136,7 +184,8 @@ impl Retirement {
         linked_at: impl Fn(Slot) -> Option<Vec<u8>>,
     ) -> Option<(Slot, Content)> {
         let index = self.all.iter().position(|entry| {
-            entry.report.data.is_none()
+            entry.report.data.is_empty()
+                && entry.report.callbacks.is_empty()
                 && entry.content.code == *code
                 && linked_at(entry.report.code).as_ref() == Some(&entry.content.linked)
         })?;
@@ -169,8 +218,14 @@ impl Retirement {
             }
         };
         let mut collected = Collected::default();
-        let mut kept = Vec::new();
-        for (mut entry, judgement) in std::mem::take(&mut self.all).into_iter().zip(judgements) {
+        let mut kept: Vec<Entry> = Vec::new();
+        for (mut entry, mut judgement) in std::mem::take(&mut self.all).into_iter().zip(judgements)
+        {
+            // Whoever is in an earlier trampoline of the site may use what goes with this one.
+            let same = |other: &&Entry| entry.site.is_some() && other.site == entry.site;
+            let earlier = kept.iter().filter(same);
+            let held = earlier.flat_map(|earlier| earlier.report.holdouts.iter().cloned());
+            judgement.holdouts.extend(held);
             collected.cleared.extend(judgement.cleared);
             entry.clear = judgement.holdouts.is_empty();
             entry.report.held_by = judgement.holdouts.iter().map(ToString::to_string).collect();
@@ -197,7 +252,7 @@ impl Retirement {
         located: &Located,
         know: &Knowledge,
     ) -> Result<Vec<Judgement>, TaskError> {
-        let ranges = self.all.iter().map(|entry| entry.report.code.range());
+        let ranges = self.all.iter().flat_map(Entry::ranges);
         let windows = Windows::new(ranges);
         let memory = &guest;
         let space = located.space(memory);
@@ -218,8 +273,24 @@ impl Retirement {
         let judge = Judge::new(&scanned, &tasks, unwinder.as_ref(), &switches);
         let all = self.all.iter_mut();
         Ok(all
-            .map(|entry| judge.judge(&entry.report.code.range(), entry.since.as_mut()))
+            .map(|entry| {
+                let mut all = Judgement::default();
+                for range in entry.ranges().collect::<Vec<_>>() {
+                    let one = judge.judge(&range, entry.since.as_mut());
+                    all.holdouts.extend(one.holdouts);
+                    all.cleared.extend(one.cleared);
+                }
+                all
+            })
             .collect())
+    }
+}
+
+impl Entry {
+    /// Where a context must not be.
+    fn ranges(&self) -> impl Iterator<Item = std::ops::Range<Gva>> + '_ {
+        let all = std::iter::once(&self.report.code).chain(&self.report.callbacks);
+        all.map(Slot::range)
     }
 }
 
@@ -228,9 +299,11 @@ fn free(
     arena: &mut Arena,
     report: &mut Retired,
 ) -> Result<(), ArenaError> {
-    if let Some(data) = report.data {
-        arena.free(guest, data)?;
-        report.data = None;
+    for slots in [&mut report.data, &mut report.callbacks] {
+        while let Some(slot) = slots.last() {
+            arena.free(guest, *slot)?;
+            slots.pop();
+        }
     }
     arena.free(guest, report.code)
 }

@@ -6,9 +6,15 @@
 //! cannot be moved is refused by name. Moved code holds no return address of its own: a call is
 //! made to return to where it stood.
 
+mod asm;
+mod callback;
 mod displace;
 mod trampoline;
 
+pub(crate) use asm::PerCpu;
+pub use callback::{Comparison, Needs, Predicate, PredicateError, Register, UnknownRegister};
 pub use displace::DisplaceError;
 pub(crate) use displace::{Displaced, displace};
-pub(crate) use trampoline::counting;
+pub(crate) use trampoline::{
+    Act, Action, BUCKETS, Plan, RECORD, RECORDED, UNFINISHED, Variables, data, trampoline,
+};

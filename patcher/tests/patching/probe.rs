@@ -1,17 +1,35 @@
 //! Probes in guests made of stock kernels.
 
 use super::*;
-use patcher::patch::{Cookie, Detached, ProbeRequest};
+use patcher::patch::{Callback, Cookie, Detached, ProbeInfo, ProbeRequest};
 
 fn attach(
     patcher: &mut Patcher,
     guest: &mut KernelGuest,
     site: &str,
-) -> Result<Applied, PatchError> {
-    let prepared = patcher.prepare_probe(ProbeRequest {
-        site: site.parse().unwrap(),
-    })?;
-    patcher.attach_probe(&mut guest.image, &prepared, &origin())
+) -> Result<ProbeInfo, PatchError> {
+    attach_as(
+        patcher,
+        guest,
+        ProbeRequest::counting(site.parse().unwrap()),
+    )
+}
+
+fn attach_as(
+    patcher: &mut Patcher,
+    guest: &mut KernelGuest,
+    request: ProbeRequest,
+) -> Result<ProbeInfo, PatchError> {
+    let prepared = patcher.prepare_probe(request)?;
+    let new = patcher.attach_probe(&mut guest.image, &prepared, &origin())?;
+    assert_eq!(change_of(patcher, &new.probe), new.change);
+    Ok(new.probe)
+}
+
+/// The change that a probe is in.
+fn change_of(patcher: &Patcher, probe: &ProbeInfo) -> Applied {
+    let mut all = patcher.list().applied.into_iter();
+    all.find(|entry| entry.address == probe.address).unwrap()
 }
 
 fn detach(
@@ -38,13 +56,14 @@ fn a_probe_at_the_entry_counts_and_comes_back() {
         let at = entry(&guest);
         let applied = attach(&mut patcher, &mut guest, FUNCTION).unwrap();
         assert_eq!(applied.address, at);
-        let placed = applied.code.clone().unwrap();
+        let placed = change_of(&patcher, &applied).code.unwrap();
         assert_eq!(target(&guest, at), placed.entry);
         // pushfq ; lock incq ; popfq ; jmp back: nothing of the nop is left.
-        assert_eq!(target(&guest, placed.entry.offset(10)), at.offset(5));
-        let data = placed.data.unwrap();
-        guest.put_u64(data.at, 41);
-        assert_eq!(patcher.probes(&mut guest.image).unwrap()[0].hits, 41);
+        assert_eq!(target(&guest, placed.entry.offset(11)), at.offset(5));
+        let counter = guest.get(placed.entry.offset(6), 4).try_into().unwrap();
+        let counter = Gva(0).displace(i32::from_le_bytes(counter).into());
+        guest.put_u64(counter, 41);
+        assert_eq!(patcher.probes(&guest.image).unwrap()[0].hits, 41);
         let detached = detach(&mut patcher, &mut guest, applied.id).unwrap();
         assert_eq!(detached.probe.hits, 41);
         assert_eq!(detached.reverted.collected.freed, [applied.id]);
@@ -89,7 +108,7 @@ fn a_trampoline_waits_for_whoever_is_in_it() {
         let mut patcher = patcher(&guest);
         let earlier = patcher.gp_snapshot();
         let applied = attach(&mut patcher, &mut guest, FUNCTION).unwrap();
-        let code = applied.code.clone().unwrap().code;
+        let code = change_of(&patcher, &applied).code.unwrap().code;
         guest.put_u64(stack.offset(0x20), code.at.0 + 2);
         let detached = detach(&mut patcher, &mut guest, applied.id).unwrap();
         assert!(detached.reverted.collected.freed.is_empty());
@@ -143,4 +162,130 @@ fn what_is_no_probe_is_not_detached() {
         attach(&mut patcher, &mut guest, FUNCTION),
         Err(PatchError::Owned { .. } | PatchError::Displace(_))
     ));
+}
+
+/// A count that only one probe has.
+fn put_hits(patcher: &Patcher, guest: &mut KernelGuest, id: EntryId, hits: u64) {
+    // The first word that changes what is told of it.
+    let told = |patcher: &Patcher, guest: &KernelGuest| {
+        let probes = patcher.probes(&guest.image).unwrap();
+        probes.iter().find(|probe| probe.id == id).unwrap().hits
+    };
+    let data = patcher.list().arena.unwrap().data;
+    for line in (0..0x40_0000).step_by(64) {
+        let at = data.offset(line);
+        let before = guest.get(at, 8);
+        guest.put_u64(at, hits);
+        if told(patcher, guest) == hits {
+            return;
+        }
+        guest.put_u64(at, u64::from_le_bytes(before.try_into().unwrap()));
+    }
+    panic!("no count of {id}");
+}
+
+#[test]
+fn probes_come_to_a_site_and_go_in_any_order() {
+    for name in KERNELS {
+        let mut guest = guest(name);
+        let mut patcher = patcher(&guest);
+        let at = entry(&guest);
+        let request = |priority, callback| ProbeRequest {
+            priority,
+            callback,
+            ..ProbeRequest::counting(FUNCTION.parse().unwrap())
+        };
+        let record = Callback::Record {
+            registers: vec!["di".parse().unwrap(), "sp".parse().unwrap()],
+            records: Some(100),
+        };
+        let histogram = Callback::Histogram("si".parse().unwrap());
+        let mut ids = Vec::new();
+        let mut targets = Vec::new();
+        for (priority, callback) in [
+            (0, Callback::Count),
+            (5, histogram),
+            (-1, record),
+            (0, Callback::Count),
+        ] {
+            let probe = attach_as(&mut patcher, &mut guest, request(priority, callback)).unwrap();
+            assert_eq!((probe.address, probe.hits), (at, 0));
+            ids.push(probe.id);
+            targets.push(target(&guest, at));
+        }
+        targets.dedup();
+        assert_eq!(
+            targets.len(),
+            4,
+            "each set of probes has its own trampoline"
+        );
+        // One change of the text, and what is not needed any more is gone.
+        assert_eq!(patcher.list().applied.len(), 1);
+        patcher.collect(&mut guest.image).unwrap();
+        assert_eq!(patcher.list().retired, []);
+        put_hits(&patcher, &mut guest, ids[0], 41);
+        put_hits(&patcher, &mut guest, ids[3], 17);
+        let order: Vec<_> = patcher.probes(&guest.image).unwrap();
+        assert_eq!(order.iter().map(|probe| probe.id).collect::<Vec<_>>(), ids);
+        let rows = patcher.histogram(&guest.image, ids[1]).unwrap().cpus;
+        assert!(!rows.is_empty() && rows.iter().all(Vec::is_empty));
+        let records = patcher.records(&guest.image, ids[2], 0).unwrap();
+        assert_eq!(
+            (records.records.len(), records.lost, records.next),
+            (0, 0, 0)
+        );
+        assert!(patcher.histogram(&guest.image, ids[0]).is_err());
+
+        // The first one goes; its number is no probe any more, though the change has it.
+        let detached = detach(&mut patcher, &mut guest, ids[0]).unwrap();
+        assert_eq!(detached.probe.hits, 41);
+        assert!(matches!(
+            detach(&mut patcher, &mut guest, ids[0]),
+            Err(PatchError::NoSuchProbe { .. })
+        ));
+        for (id, hits) in [(ids[2], 0), (ids[3], 17), (ids[1], 0)] {
+            let detached = detach(&mut patcher, &mut guest, id).unwrap();
+            assert_eq!(detached.probe.hits, hits);
+            assert_eq!(detached.reverted.collected.freed.last(), Some(&id));
+        }
+        assert_eq!(guest.get(at, 5), NOP5);
+        let arena = patcher.list().arena.unwrap();
+        assert_eq!((arena.code_slots, arena.data_used), (0, 0));
+    }
+}
+
+#[test]
+fn a_change_is_taken_back_with_all_its_probes() {
+    let mut guest = guest(KERNELS[0]);
+    let mut patcher = patcher(&guest);
+    let first = attach(&mut patcher, &mut guest, FUNCTION).unwrap();
+    attach(&mut patcher, &mut guest, FUNCTION).unwrap();
+    let reverted = revert(&mut patcher, &mut guest, first.id).unwrap();
+    assert_eq!(reverted.collected.freed.last(), Some(&first.id));
+    assert_eq!(patcher.probes(&guest.image).unwrap(), []);
+    assert_eq!(patcher.list().arena.unwrap().data_used, 0);
+}
+
+#[test]
+fn what_an_earlier_trampoline_uses_stays_as_long_as_that() {
+    let mut guest = guest(KERNELS[0]);
+    let stack = guest.sleeper(55, "asleep");
+    let mut patcher = patcher(&guest);
+    let first = attach(&mut patcher, &mut guest, FUNCTION).unwrap();
+    let old = change_of(&patcher, &first).code.unwrap().code;
+    // Somebody is in the trampoline of the first alone.
+    guest.put_u64(stack.offset(0x20), old.at.0 + 2);
+    let second = attach(&mut patcher, &mut guest, FUNCTION).unwrap();
+    let detached = detach(&mut patcher, &mut guest, first.id).unwrap();
+    assert!(detached.reverted.collected.freed.is_empty());
+    let waiting = patcher.waiting();
+    assert_eq!(waiting.len(), 2);
+    assert!(
+        waiting
+            .iter()
+            .all(|retired| retired.held_by[0].contains("asleep (pid 55)"))
+    );
+    guest.put_u64(stack.offset(0x20), 0);
+    let freed = patcher.collect(&mut guest.image).unwrap().freed;
+    assert_eq!(freed, [second.id, first.id]);
 }

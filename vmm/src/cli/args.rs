@@ -256,10 +256,45 @@ pub enum PatchCommand {
 /// `probe`.
 #[derive(Subcommand, Debug)]
 pub enum ProbeCommand {
-    /// Count how often a site is reached: the entry of a function, or any instruction in it
+    /// Do something whenever a site is reached: the entry of a function, or any instruction in it
+    ///
+    /// Without more, it is counted.
     Attach {
         /// `symbol`, `symbol+0x12`, `symbol@2+0x12` or an address
         site: Site,
+        /// Call `stillpoint_callback`, or the only global function, of this relocatable object
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["histogram", "record"])]
+        callback: Option<PathBuf>,
+        /// Call this function of the object
+        #[arg(long, value_name = "NAME", requires = "callback")]
+        entry: Option<String>,
+        /// The callback may sleep; it is skipped where it may not
+        #[arg(long, requires = "callback")]
+        may_sleep: bool,
+        /// The callback uses RCU; it is skipped where RCU is not watching
+        #[arg(long, requires = "callback")]
+        needs_rcu: bool,
+        /// The callback may run in a non-maskable interrupt; otherwise it is skipped there
+        #[arg(long, requires = "callback")]
+        nmi: bool,
+        /// Count for each CPU how often this register has which magnitude
+        #[arg(long, value_name = "REGISTER", conflicts_with = "record")]
+        histogram: Option<String>,
+        /// Keep records with up to four registers
+        #[arg(long, value_name = "REGISTERS", value_delimiter = ',', num_args = 0..)]
+        record: Option<Vec<String>>,
+        /// How many records to keep
+        #[arg(long, value_name = "N", requires = "record")]
+        records: Option<u32>,
+        /// Only where this holds, such as di==5 or si>=0x1000
+        #[arg(long = "if", value_name = "COMPARISON")]
+        only_if: Option<String>,
+        /// Number that the callback is called with
+        #[arg(long, value_name = "N", value_parser = super::values::number)]
+        data: Option<u64>,
+        /// Of the probes of a site, those of higher priority come first
+        #[arg(long, value_name = "N", allow_hyphen_values = true)]
+        priority: Option<i32>,
         /// How long to try, such as 500ms or 5s
         #[arg(long, value_name = "TIME")]
         deadline: Option<Deadline>,
@@ -274,6 +309,19 @@ pub enum ProbeCommand {
     },
     /// List probes and their hits
     List,
+    /// Show what a probe with `--histogram` has counted
+    Histogram {
+        /// Its number
+        id: u64,
+    },
+    /// Show what a probe with `--record` has kept
+    Records {
+        /// Its number
+        id: u64,
+        /// Only records from this number on
+        #[arg(long, value_name = "N")]
+        since: Option<u64>,
+    },
 }
 
 /// `tracepoint`.

@@ -38,7 +38,7 @@ pub use memory::{GuestRam, RamRegion};
 pub use refused::RefusedWrite;
 pub use serial::SerialTarget;
 pub use start::StartError;
-pub use stop::{StopError, StopTimes, Stopped};
+pub use stop::{Memory, StopError, StopTimes, Stopped};
 pub use supervisor::{End, preflight};
 pub use vcpu_state::CpuState;
 
@@ -188,6 +188,15 @@ impl Machine {
     #[must_use]
     pub fn ram(&self) -> &GuestRam {
         self.shared.ram()
+    }
+
+    /// All memory of the guest, ours beside its RAM too, for reading. While the guest runs the answer
+    /// may be torn: mark it so.
+    ///
+    /// # Errors
+    /// [`StopError::Ended`] when there is no guest any more.
+    pub fn memory(&self) -> Result<Memory, StopError> {
+        self.shared.memory()
     }
 
     /// What was booted.

@@ -17,7 +17,7 @@ use super::memory::GuestRam;
 use super::refused::RefusedWrite;
 use super::serial::Outbox;
 use super::start::StartError;
-use super::stop::{StopError, StopTimes, Stopped, tell_clock};
+use super::stop::{Memory, StopError, StopTimes, Stopped, tell_clock};
 use super::supervisor::{Wish, preflight};
 use super::vcpu::{Ending, Reports};
 use super::{BootSource, CpuInfo, MachineConfig, Resumed, RunState};
@@ -88,6 +88,11 @@ impl Shared {
 
     pub(super) fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    pub(super) fn memory(&self) -> Result<Memory, StopError> {
+        let board = self.board().ok_or(StopError::Ended)?;
+        Ok(Memory::new(board))
     }
 
     pub(super) fn boot_source(&self) -> &BootSource {

@@ -1,6 +1,6 @@
 //! The guard that exists while every vCPU is parked, and what a stop costs.
 
-use std::sync::MutexGuard;
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
@@ -105,12 +105,35 @@ pub(super) fn tell_clock(fd: &VcpuFd) {
     let _ = fd.kvmclock_ctrl();
 }
 
+/// The memory of a guest that may run: its RAM, and our blocks beside it.
+pub struct Memory(Arc<Board>);
+
+impl Memory {
+    pub(super) fn new(board: Arc<Board>) -> Self {
+        Self(board)
+    }
+}
+
+impl GuestMemory for Memory {
+    fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+        read(&self.0, at, into)
+    }
+
+    fn ram(&self) -> Vec<RamRange> {
+        self.0.ram().ram()
+    }
+}
+
+fn read(board: &Board, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+    match board.ram().read(at, into) {
+        Ok(()) => Ok(()),
+        Err(_) => board.blocks().read(at, into),
+    }
+}
+
 impl GuestMemory for Stopped<'_> {
     fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
-        match self.board.ram().read(at, into) {
-            Ok(()) => Ok(()),
-            Err(_) => self.board.blocks().read(at, into),
-        }
+        read(self.board, at, into)
     }
 
     fn ram(&self) -> Vec<RamRange> {

@@ -141,7 +141,7 @@ fn redirect_request(arguments: TextRedirect) -> Result<RedirectRequest, QmpError
     })
 }
 
-fn object(path: &std::path::Path) -> Result<Vec<u8>, QmpError> {
+pub(super) fn object(path: &std::path::Path) -> Result<Vec<u8>, QmpError> {
     let io = |error: std::io::Error| {
         QmpError::new(Reason::Io, format!("object: {}: {error}", path.display()))
     };

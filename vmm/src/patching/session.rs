@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use patcher::Kernel;
 use patcher::arena::BLOCK;
-use patcher::guest::StoppedGuest;
+use patcher::guest::{GuestMemory, StoppedGuest};
 use patcher::patch::{Applied, Collected, PatchError, Patcher};
 use patcher::space::Bounds;
 
@@ -247,6 +247,18 @@ impl Patching {
             thread::sleep(pause.max(pause_at_least).min(left));
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+
+    /// Looks at what is in the guest while it runs.
+    ///
+    /// # Errors
+    /// A [`QmpError`] with the patcher's reason; [`Reason::Refused`] when there is no guest any more.
+    pub(super) fn peek<R>(
+        &self,
+        look: impl FnOnce(&Patcher, &dyn GuestMemory) -> Result<R, PatchError>,
+    ) -> Result<R, QmpError> {
+        let memory = self.machine.memory()?;
+        self.with(|patcher| look(patcher, &memory))
     }
 
     /// The patcher for this incarnation of the machine.

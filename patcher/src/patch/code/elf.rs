@@ -18,6 +18,7 @@ use object::{
 };
 
 use super::{Code, Fixup, Function, Part, Resolved, Target, Width};
+use crate::probe::Needs;
 use crate::text::NOP5;
 
 /// Most bytes that one object may put into either block.
@@ -25,8 +26,13 @@ pub(super) const MAX_CODE: usize = 1 << 20;
 const MAX_ALIGN: u64 = 4096;
 const MAX_RELOCATIONS: usize = 1 << 17;
 
+/// Where a callback says what it needs (include/stillpoint.h): a version and flags.
+const DECLARATION: &str = ".stillpoint";
+const DECLARATION_VERSION: u32 = 1;
+
 /// A section whose absence changes nothing for code that runs in the arena.
 const IGNORED: &[&str] = &[
+    DECLARATION,
     ".eh_frame",
     ".orc_unwind",
     ".orc_unwind_ip",
@@ -142,6 +148,12 @@ pub enum ObjectError {
         /// Offset in it.
         offset: u64,
     },
+    /// What it says that it needs is not understood.
+    #[error(
+        "its section .stillpoint is not one of version {DECLARATION_VERSION} with known flags; build it with \
+         the stillpoint.h of this version"
+    )]
+    Declaration,
     /// Which function to jump to is not clear.
     #[error("it has no function {wanted} to jump to; it has: {functions}")]
     NoEntry {
@@ -189,6 +201,7 @@ pub(super) fn parse(
         data_align: layout.data_align.max(16),
         fixups: Vec::new(),
         functions: functions(&elf, &layout),
+        needs: needs(&elf)?,
         keep: None,
     };
     for (_, section) in &placed {
@@ -197,6 +210,23 @@ pub(super) fn parse(
         }
     }
     Ok(code)
+}
+
+/// What a callback says that it needs.
+fn needs(elf: &ElfFile64<'_, LittleEndian>) -> Result<Needs, ObjectError> {
+    let Some(section) = elf.section_by_name(DECLARATION) else {
+        return Ok(Needs::default());
+    };
+    let data = section.data().map_err(broken)?;
+    let word = |at: usize| {
+        let bytes = data.get(at..at + 4)?.try_into().ok()?;
+        Some(u32::from_le_bytes(bytes))
+    };
+    match (word(0), word(4), data.len()) {
+        (Some(DECLARATION_VERSION), Some(bits), 8) => Needs::from_bits(bits),
+        _ => None,
+    }
+    .ok_or(ObjectError::Declaration)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -61,6 +61,32 @@ pub(super) fn reason(code: &Code) -> Option<String> {
         })
 }
 
+/// Whether control leaves `code` other than by returning from it.
+pub(super) fn leaves(code: &Code) -> bool {
+    let own = |offset: usize| {
+        let here = |fixup: &&Fixup| fixup.part == Part::Code && fixup.offset == offset;
+        let target = code.fixups.iter().find(here).map(|fixup| fixup.target);
+        !matches!(target, Some(Target::Kernel(_)))
+    };
+    code.instructions.iter().any(|range| {
+        let bytes = code.text.get(range.clone()).unwrap_or_default();
+        let mut decoder = Decoder::with_ip(64, bytes, range.start as u64, DecoderOptions::NONE);
+        std::iter::from_fn(|| decoder.can_decode().then(|| decoder.decode())).any(|instruction| {
+            match instruction.flow_control() {
+                FlowControl::Next | FlowControl::Return => instruction.is_invalid(),
+                FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
+                    // The displacement comes last, and is relocated when it leads elsewhere.
+                    let end = usize::try_from(instruction.next_ip()).unwrap_or(0);
+                    !own(end.saturating_sub(4))
+                }
+                // The filler between functions.
+                FlowControl::Interrupt => instruction.mnemonic() != Mnemonic::Int3,
+                _ => true,
+            }
+        })
+    })
+}
+
 fn forms_own_address(instruction: &Instruction, fixups: &[&&Fixup]) -> bool {
     let branches = matches!(
         instruction.flow_control(),

@@ -14,6 +14,7 @@ mod link;
 use std::ops::Range;
 
 use crate::guest::LinkAddr;
+use crate::probe::Needs;
 
 pub use elf::ObjectError;
 pub use link::LinkError;
@@ -87,6 +88,8 @@ pub struct Code {
     pub(crate) data_align: u64,
     pub(crate) fixups: Vec<Fixup>,
     pub(crate) functions: Vec<Function>,
+    /// What it says that it needs of the place where it is called.
+    pub(crate) needs: Needs,
     /// Why it may never be freed, when it may not.
     pub(crate) keep: Option<String>,
 }
@@ -115,6 +118,7 @@ impl Code {
                 offset: 0,
                 global: true,
             }],
+            needs: Needs::default(),
             keep: None,
         };
         code.keep = keep::reason(&code);
@@ -132,6 +136,11 @@ impl Code {
         let mut code = elf::parse(file, resolve)?;
         code.keep = keep::reason(&code);
         Ok(code)
+    }
+
+    /// Whether it can come to a probe while it runs: it calls or jumps to code that is not its own.
+    pub(crate) fn nests(&self) -> bool {
+        keep::leaves(self)
     }
 
     /// Where the function to jump to begins: the one that is named, else the one called

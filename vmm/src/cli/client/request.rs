@@ -113,7 +113,7 @@ impl Task {
             C::Stacks { pid } => shown("query-stacks", json!({ "pid": pid }), render::stacks),
             C::Text(command) => text(command)?,
             C::Patch(command) => patch(command)?,
-            C::Probe(command) => probe(command),
+            C::Probe(command) => probe(command)?,
             C::Tracepoint(command) => tracepoint(command)?,
             C::Trampolines => shown("query-trampolines", Value::Null, render::trampolines),
             C::Holdouts => shown("query-holdouts", Value::Null, render::holdouts),
@@ -201,24 +201,67 @@ fn patch(command: PatchCommand) -> Result<Request, ClientError> {
     })
 }
 
-fn probe(command: ProbeCommand) -> Request {
+fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
     let show: fn(&Value) -> String = match command {
-        ProbeCommand::Attach { .. } => render::changed,
+        ProbeCommand::Attach { .. } => render::attached,
+        ProbeCommand::Histogram { .. } => render::histogram,
+        ProbeCommand::Records { .. } => render::records,
         ProbeCommand::Detach { .. } => render::detached,
         ProbeCommand::List => render::probes,
     };
     let request = match command {
-        ProbeCommand::Attach { site, deadline } => ask(
-            "probe-attach",
-            json!({ "site": site.0, "deadline": deadline.map(|d| d.as_millis()) }),
-        ),
+        ProbeCommand::Attach {
+            site,
+            callback,
+            entry,
+            may_sleep,
+            needs_rcu,
+            nmi,
+            histogram,
+            record,
+            records,
+            only_if,
+            data,
+            priority,
+            deadline,
+        } => {
+            let kind = match (&histogram, &record) {
+                (Some(_), _) => Some("histogram"),
+                (_, Some(_)) => Some("record"),
+                _ => None,
+            };
+            let registers = histogram.map(|register| vec![register]).or(record);
+            let yes = |given: bool| given.then_some(true);
+            ask(
+                "probe-attach",
+                json!({
+                    "site": site.0,
+                    "callback": kind,
+                    "object": callback.as_deref().map(absolute).transpose()?,
+                    "entry": entry,
+                    "may-sleep": yes(may_sleep),
+                    "needs-rcu": yes(needs_rcu),
+                    "nmi": yes(nmi),
+                    "registers": registers,
+                    "records": records,
+                    "if": only_if,
+                    "data": data,
+                    "priority": priority,
+                    "deadline": deadline.map(|d| d.as_millis()),
+                }),
+            )
+        }
+        ProbeCommand::Histogram { id } => ask("query-histogram", json!({ "id": id })),
+        ProbeCommand::Records { id, since } => {
+            ask("query-records", json!({ "id": id, "since": since }))
+        }
         ProbeCommand::Detach { id, deadline } => ask(
             "probe-detach",
             json!({ "id": id, "deadline": deadline.map(|d| d.as_millis()) }),
         ),
         ProbeCommand::List => ask("query-probes", Value::Null),
     };
-    Request { show, ..request }
+    Ok(Request { show, ..request })
 }
 
 fn tracepoint(command: TracepointCommand) -> Result<Request, ClientError> {
@@ -290,6 +333,19 @@ mod tests {
                 "stillpoint probe attach f+4 --deadline 1s",
                 "probe-attach",
                 json!({"site": "f+4", "deadline": 1000}),
+            ),
+            (
+                "stillpoint probe attach f --record di,si --records 9 --if di!=0 --priority -1",
+                "probe-attach",
+                json!({
+                    "site": "f", "callback": "record", "registers": ["di", "si"],
+                    "records": 9, "if": "di!=0", "priority": -1,
+                }),
+            ),
+            (
+                "stillpoint probe attach f --callback /dev/null --data 0x10 --may-sleep",
+                "probe-attach",
+                json!({"site": "f", "object": "/dev/null", "data": 16, "may-sleep": true}),
             ),
             ("stillpoint gp wait 7", "gp-wait", json!({"cookie": "7"})),
             (

@@ -11,6 +11,7 @@ mod dump;
 mod hex;
 mod machine;
 mod monitor;
+mod number;
 mod queries;
 mod services;
 
@@ -23,6 +24,7 @@ use serde_json::{Map, Value};
 
 pub use deadline::DeadlineArgument;
 pub use hex::HexArgument;
+pub use number::NumberArgument;
 pub use services::{Context, Kept, Services, StopRecord};
 
 use super::dump::VmcoreinfoSource;

@@ -17,7 +17,9 @@ use serde_json::{Map, Value};
 pub(super) use insight::{modules, symbols, tasks};
 pub(super) use inspect::{inspected_dump, inspected_kernel, inspected_text};
 pub(super) use patching::{changed, kernel, list as text_list, reverted};
-pub(super) use probes::{cookie, detached, holdouts, passed, probes, trampolines};
+pub(super) use probes::{
+    attached, cookie, detached, histogram, holdouts, passed, probes, records, trampolines,
+};
 pub(super) use stacks::{stacks, vcpus};
 
 /// A time in microseconds, as one reads it.

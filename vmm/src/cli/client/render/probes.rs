@@ -5,6 +5,64 @@ use serde_json::{Value, json};
 use super::patching::{reverted, stalled};
 use super::{anything, plain};
 
+/// `probe-attach`.
+pub(in super::super) fn attached(answer: &Value) -> String {
+    let (place, at) = (plain(&answer["place"]), plain(&answer["address"]));
+    format!("probe {} at {place} ({at})\n", answer["id"]) + &stalled(answer)
+}
+
+/// `query-histogram`: one row for each magnitude, one column for each CPU.
+pub(in super::super) fn histogram(answer: &Value) -> String {
+    let cpus: Vec<_> = answer["cpus"].as_array().into_iter().flatten().collect();
+    let count = |cpu: &Value, bucket: usize| cpu.get(bucket).and_then(Value::as_u64).unwrap_or(0);
+    let longest = cpus.iter().filter_map(|cpu| cpu.as_array().map(Vec::len));
+    let rows = (0..longest.max().unwrap_or(0)).map(|bucket| {
+        let mut row = serde_json::Map::new();
+        let from = bucket.checked_sub(1).map_or(0, |bit| 1_u64 << bit.min(63));
+        row.insert(
+            plain(&answer["register"]) + " from",
+            json!(format!("{from:#x}")),
+        );
+        for (index, cpu) in cpus.iter().enumerate() {
+            row.insert(format!("CPU {index}"), json!(count(cpu, bucket)));
+        }
+        Value::Object(row)
+    });
+    let rows: Vec<_> = rows.collect();
+    match rows.is_empty() {
+        true => "no hits\n".into(),
+        false => anything(&Value::Array(rows)),
+    }
+}
+
+/// `query-records`.
+pub(in super::super) fn records(answer: &Value) -> String {
+    let names: Vec<_> = answer["registers"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .collect();
+    let rows = answer["records"].as_array().into_iter().flatten();
+    let rows = rows.map(|record| {
+        let mut row = serde_json::Map::new();
+        for (name, member) in [("number", "number"), ("tsc", "tsc"), ("cpu", "cpu")] {
+            row.insert(name.into(), record[member].clone());
+        }
+        row.insert("task".into(), json!(plain(&record["task"])));
+        let values = record["values"].as_array().into_iter().flatten();
+        for (name, value) in names.iter().zip(values) {
+            row.insert(plain(name), value.clone());
+        }
+        Value::Object(row)
+    });
+    let rows: Vec<_> = rows.collect();
+    let table = match rows.is_empty() {
+        true => "no records\n".into(),
+        false => anything(&Value::Array(rows)),
+    };
+    table + &format!("{} lost; the next is {}\n", answer["lost"], answer["next"])
+}
+
 /// `probe-detach`.
 pub(in super::super) fn detached(answer: &Value) -> String {
     let probe = &answer["probe"];
@@ -16,13 +74,16 @@ pub(in super::super) fn probes(answer: &Value) -> String {
     let row = |probe: &Value| {
         json!({
             "probe": probe["id"],
+            "does": probe["callback"],
             "hits": probe["hits"],
+            "skipped": probe["skipped"],
+            "priority": probe["priority"],
             "place": probe["place"],
             "address": plain(&probe["address"]),
             "asked for as": probe["site"],
         })
     };
-    table(&answer["probes"], row, "no probes") + &stalled(answer)
+    table(&answer["probes"], row, "no probes")
 }
 
 /// `query-trampolines`.

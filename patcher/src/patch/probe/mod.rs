@@ -1,0 +1,424 @@
+//! Probes: what happens whenever a site is reached.
+//!
+//! A site with probes is one change of the text: a jump to a trampoline that does what all of them
+//! ask for. Another set of probes is another trampoline: the jump is changed in one stop, and the
+//! old trampoline is retired together with what only it had.
+
+mod callback;
+mod report;
+mod site;
+
+use std::collections::BTreeMap;
+
+use super::hook::Hook;
+use super::placing::{NewPlace, Placing, give_back};
+use super::report::{Applied, Bytes, Evidence, Kind, Origin, PlacedCode, Reverted};
+use super::retire::{Content, Leaving};
+use super::writing::{change, jump, still_ours};
+use super::{EntryId, PatchError, Patcher};
+use crate::guest::{Gva, LinkAddr, StoppedGuest};
+use crate::probe::{Act, Displaced, Plan, Predicate, Variables, trampoline};
+use crate::space::Located;
+use crate::symbols::Site;
+use callback::{Attached, Prepared, Ready, Wanted, variables};
+pub use callback::{Callback, Does};
+pub use report::{Detached, Histogram, NewProbe, ProbeInfo, Recorded, Records};
+use site::{allowed, nothing_leads_inside, place};
+
+/// Where to put a probe, and what it does.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ProbeRequest {
+    /// The entry of a function, or any instruction in it.
+    pub site: Site,
+    /// What it does.
+    pub callback: Callback,
+    /// What a callback of somebody else's is given.
+    pub value: u64,
+    /// Probes of a site with a higher one come first; of equal ones, the one that was there first.
+    pub priority: i32,
+    /// It does it only where this holds.
+    pub only_if: Option<Predicate>,
+}
+
+impl ProbeRequest {
+    /// A probe that counts.
+    #[must_use]
+    pub fn counting(site: Site) -> Self {
+        Self {
+            site,
+            callback: Callback::Count,
+            value: 0,
+            priority: 0,
+            only_if: None,
+        }
+    }
+}
+
+/// A probe that was checked as far as it can be without the guest.
+#[derive(Clone, Debug)]
+pub struct PreparedProbe {
+    site: Site,
+    /// Where it is linked; unknown yet for a run-time address.
+    link: Option<LinkAddr>,
+    callback: Prepared,
+    value: u64,
+    priority: i32,
+    only_if: Option<Predicate>,
+    variables: Option<Variables>,
+}
+
+/// The probes of one site, in the order in which they act.
+#[derive(Debug)]
+pub(super) struct ProbeSite {
+    at: Gva,
+    displaced: Displaced,
+    /// It is where the kernel's own tracer would be.
+    entry: bool,
+    variables: Option<Variables>,
+    attached: Vec<Attached>,
+}
+
+/// The sites with probes, by the number of their change.
+pub(super) type ProbeSites = BTreeMap<EntryId, ProbeSite>;
+
+impl ProbeSite {
+    /// The trampoline for `acts` at this site.
+    fn trampoline(&self, acts: &[Act]) -> super::code::Code {
+        trampoline(&Plan {
+            site: self.at,
+            displaced: &self.displaced,
+            acts,
+            entry: self.entry,
+            variables: self.variables.as_ref(),
+        })
+    }
+
+    fn acts(&self) -> Vec<Act> {
+        self.attached
+            .iter()
+            .map(|probe| probe.act.clone())
+            .collect()
+    }
+
+    /// Where one with `priority` comes.
+    fn index(&self, priority: i32) -> usize {
+        let before = |probe: &&Attached| probe.priority >= priority;
+        self.attached.iter().take_while(before).count()
+    }
+
+    /// Nobody sleeps in its trampoline, and nothing is called from there.
+    fn is_plain(&self) -> bool {
+        self.attached.iter().all(Attached::is_plain)
+    }
+}
+
+impl Patcher {
+    /// Checks a probe as far as it can be done without the guest.
+    ///
+    /// # Errors
+    /// [`PatchError`]: unknown or forbidden site, a callback that cannot be used.
+    pub fn prepare_probe(&self, request: ProbeRequest) -> Result<PreparedProbe, PatchError> {
+        let link = request.site.resolve(self.know.kernel.symbols())?;
+        if let Some(link) = link {
+            allowed(&self.know, link, &request.site)?;
+        }
+        let callback = Prepared::new(&self.know, request.callback)?;
+        let variables = match callback.looks() || request.only_if.is_some() {
+            true => Some(variables(&self.know)?),
+            false => None,
+        };
+        if let Some(variables) = &variables {
+            callback.check(variables)?;
+        }
+        Ok(PreparedProbe {
+            site: request.site,
+            link,
+            callback,
+            value: request.value,
+            priority: request.priority,
+            only_if: request.only_if,
+            variables,
+        })
+    }
+
+    /// Attaches a probe to a site of the stopped guest.
+    ///
+    /// # Errors
+    /// [`PatchError`]; where [`PatchError::passes`], let the guest run on and try again.
+    pub fn attach_probe(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        prepared: &PreparedProbe,
+        origin: &Origin,
+    ) -> Result<NewProbe, PatchError> {
+        let found = self.identify(guest)?;
+        let check = self.check(&found, guest);
+        let link = match (prepared.link, &prepared.site) {
+            (Some(link), _) => link,
+            (None, Site::Address(at)) => at.linked(found.slide),
+            (None, site) => return Err(PatchError::Request(format!("{site} has no address"))),
+        };
+        let function = allowed(&self.know, link, &prepared.site)?;
+        check.idle()?;
+        let place = place(&check, &function, link)?;
+        let at = place.link.at(found.slide);
+        let here = |site: &&EntryId| self.sites.get(site).is_some_and(|site| site.at == at);
+        if let Some(&id) = self.sites.keys().find(here) {
+            return self.attach_more(guest, &found, id, prepared, origin);
+        }
+        let (displaced, before) = place.instructions(&function, at)?;
+        let back = at.offset(displaced.len as u64);
+        let ftrace = check.owners(
+            &self.ledger,
+            function.start,
+            place.link,
+            displaced.len as u64,
+        )?;
+        let one = displaced.instructions == 1;
+        if !one {
+            nothing_leads_inside(&check, &function, &(at..back))?;
+        }
+        let evidence = check.nobody_inside(&(at..back), one)?;
+        let mut goes_on = displaced.branches.clone();
+        if displaced.falls_through {
+            goes_on.push(back);
+        }
+        let mut site = ProbeSite {
+            at,
+            displaced,
+            entry: place.entry,
+            variables: prepared.variables,
+            attached: Vec::new(),
+        };
+        let ready = self.put_callback(guest, &found, prepared, at)?;
+        let hook = Hook {
+            kind: Kind::Probe,
+            site: prepared.site.to_string(),
+            place: function.place(place.link),
+            at,
+            before,
+            evidence,
+            ftrace,
+            code: &site.trampoline(std::slice::from_ref(&ready.act)),
+            entry: 0,
+            goes_on,
+        };
+        let applied = match self.hook(guest, &found, hook, origin) {
+            Ok(applied) => applied,
+            Err(error) => {
+                self.undo(guest, ready);
+                return Err(error);
+            }
+        };
+        site.attached
+            .push(attached(applied.id, prepared, ready, origin));
+        self.sites.insert(applied.id, site);
+        self.new_probe(&&*guest, applied.id, applied.id)
+    }
+
+    /// Adds a probe to a site that has some.
+    fn attach_more(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        found: &Located,
+        change: EntryId,
+        prepared: &PreparedProbe,
+        origin: &Origin,
+    ) -> Result<NewProbe, PatchError> {
+        let site = self.site(change)?;
+        let (at, index, mut acts) = (site.at, site.index(prepared.priority), site.acts());
+        let variables = site.variables.or(prepared.variables);
+        let ready = self.put_callback(guest, found, prepared, at)?;
+        acts.insert(index, ready.act.clone());
+        if let Some(site) = self.sites.get_mut(&change) {
+            site.variables = variables;
+        }
+        let id = self.ledger.next();
+        let plain = self.site(change)?.is_plain();
+        match self.rehook(guest, found, change, &acts) {
+            Err(error) => {
+                self.undo(guest, ready);
+                Err(error)
+            }
+            Ok((old, content)) => {
+                let leaving = Leaving::new(id, &old, content, origin.at_ms);
+                self.retired.add(leaving.sleeps(!plain).of_site(at));
+                if let Some(site) = self.sites.get_mut(&change) {
+                    site.attached
+                        .insert(index, attached(id, prepared, ready, origin));
+                }
+                self.new_probe(&&*guest, change, id)
+            }
+        }
+    }
+
+    /// Detaches a probe, and frees retired code that nobody is in.
+    ///
+    /// # Errors
+    /// Those of [`Patcher::revert`]; [`PatchError::NoSuchProbe`] for what is no probe.
+    pub fn detach_probe(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        id: EntryId,
+        origin: &Origin,
+    ) -> Result<Detached, PatchError> {
+        let found = self.identify(guest)?;
+        let of = |site: &ProbeSite| site.attached.iter().position(|probe| probe.id == id);
+        let mut sites = self.sites.iter();
+        let (change, index) = sites
+            .find_map(|(change, site)| Some((*change, of(site)?)))
+            .ok_or(PatchError::NoSuchProbe { id })?;
+        let probe = self.probe_info(&&*guest, change, id)?;
+        let site = self.site(change)?;
+        if site.attached.len() == 1 {
+            return Ok(Detached {
+                probe,
+                reverted: self.revert_for(guest, change, id, origin)?,
+            });
+        }
+        let (at, plain) = (site.at, site.is_plain());
+        let mut acts = site.acts();
+        acts.remove(index);
+        {
+            let check = self.check(&found, guest);
+            check.idle()?;
+        }
+        let (old, content) = self.rehook(guest, &found, change, &acts)?;
+        let mut leaving = Leaving::new(id, &old, content, origin.at_ms)
+            .sleeps(!plain)
+            .of_site(at);
+        if let Some(site) = self.sites.get_mut(&change) {
+            leaving = site.attached.remove(index).leave(leaving);
+        }
+        self.retired.add(leaving);
+        let entry = self.ledger.get(change);
+        let entry = entry.ok_or(PatchError::NoSuchProbe { id })?.clone();
+        Ok(Detached {
+            probe,
+            reverted: Reverted {
+                entry,
+                evidence: Evidence::SingleInstruction,
+                origin: origin.clone(),
+                collected: self.collect_in(guest, &found),
+            },
+        })
+    }
+
+    /// All that the probes of a site leave behind whose jump is gone.
+    pub(super) fn leave_site(&mut self, change: EntryId, leaving: Leaving) -> Leaving {
+        let Some(site) = self.sites.remove(&change) else {
+            return leaving;
+        };
+        let leaving = leaving.sleeps(!site.is_plain()).of_site(site.at);
+        let all = site.attached.into_iter();
+        all.fold(leaving, |leaving, probe| probe.leave(leaving))
+    }
+
+    /// Makes another trampoline for a site and changes its jump. Tells what it was before.
+    fn rehook(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        found: &Located,
+        change_id: EntryId,
+        acts: &[Act],
+    ) -> Result<(PlacedCode, Content), PatchError> {
+        let site = self.site(change_id)?;
+        let code = site.trampoline(acts);
+        let at = site.at;
+        let lost = PatchError::NoSuchProbe { id: change_id };
+        let entry = self.ledger.get(change_id).ok_or(lost.clone())?.clone();
+        {
+            let check = self.check(found, guest);
+            still_ours(&check, &entry)?;
+            let end = at.offset(entry.after.0.len() as u64);
+            check.no_kprobe(&(at..end))?;
+            // A jump takes the place of a jump.
+            check.nobody_inside(&(at..end), true)?;
+        }
+        let NewPlace {
+            mut placed,
+            content,
+            fresh,
+        } = self.placing(found).place(guest, &code, 0)?;
+        let old = entry.code.clone().ok_or(lost)?;
+        placed.goes_on = old.goes_on.clone();
+        let changed = jump(at, placed.entry).and_then(|jump| {
+            change(guest, found.root, None, at, &jump)?;
+            Ok(jump)
+        });
+        match (changed, &mut self.arena) {
+            (Ok(jump), _) => {
+                let mut after = jump.to_vec();
+                after.extend(entry.before.0.iter().skip(jump.len()));
+                let old_content = self.contents.insert(change_id, content.clone());
+                self.ledger.add(Applied {
+                    after: Bytes(after),
+                    code: Some(placed),
+                    ..entry
+                });
+                Ok((old, old_content.unwrap_or(content)))
+            }
+            (Err(error), Some(arena)) if fresh => {
+                give_back(guest, arena, placed.code, placed.data);
+                Err(error)
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    fn put_callback(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        found: &Located,
+        prepared: &PreparedProbe,
+        at: Gva,
+    ) -> Result<Ready, PatchError> {
+        let wanted = Wanted {
+            prepared: &prepared.callback,
+            only_if: prepared.only_if,
+            value: prepared.value,
+            at,
+            cpus: found.per_cpu.cpus().count() as u64,
+        };
+        wanted.put(guest, self.placing(found))
+    }
+
+    fn undo(&mut self, guest: &mut dyn StoppedGuest, ready: Ready) {
+        if let Some(arena) = &mut self.arena {
+            ready.undo(guest, arena);
+        }
+    }
+
+    fn placing<'a>(&'a mut self, found: &'a Located) -> Placing<'a> {
+        Placing {
+            know: &self.know,
+            located: found,
+            arena: &mut self.arena,
+            retired: &mut self.retired,
+        }
+    }
+
+    fn site(&self, change: EntryId) -> Result<&ProbeSite, PatchError> {
+        let site = self.sites.get(&change);
+        site.ok_or(PatchError::NoSuchProbe { id: change })
+    }
+}
+
+fn attached(id: EntryId, prepared: &PreparedProbe, ready: Ready, origin: &Origin) -> Attached {
+    Attached {
+        id,
+        site: prepared.site.to_string(),
+        priority: prepared.priority,
+        act: ready.act,
+        data: ready.data,
+        code: ready.code,
+        origin: origin.clone(),
+    }
+}
+
+impl Attached {
+    /// What only this probe had goes with its trampoline.
+    fn leave(self, leaving: Leaving) -> Leaving {
+        leaving.with(self.code, self.data)
+    }
+}
