@@ -16,7 +16,8 @@ const CORE: &str = "core";
 fn record(kernel: &str, into: &Path) -> TestResult {
     let guest = Guest::boot(kernel).cpus(2).memory("192M").start()?;
     guest.sh(
-        "guest threads 200 >/tmp/threads & until grep -q threads /tmp/threads; do sleep 1; done; \
+        "guest threads 200 >/tmp/threads 2>&1 & until [ -s /tmp/threads ]; do sleep 1; done; \
+         grep -q threads /tmp/threads || { cat /tmp/threads; exit 1; }; \
          guest calls 1000 >/dev/null & guest zombie >/dev/null & \
          dd if=/dev/zero of=/dev/null bs=64k 2>/dev/null & sleep 1000 >/dev/null & cat | cat & sleep 1",
     )?;
