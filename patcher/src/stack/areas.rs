@@ -71,6 +71,19 @@ impl<'a, 'm> Areas<'a, 'm> {
         current.is_some_and(|held| held.area.holds(at, 8))
     }
 
+    /// Whether nothing but saved registers, which take `registers` bytes, can be above `sp`: it is
+    /// user mode's, or where a stack begins.
+    pub(super) fn is_end(&self, sp: u64, registers: u64) -> bool {
+        /// What the kernel leaves free above them.
+        const PADDING: u64 = 64;
+        let on = self.all.iter().find(|held| held.area.holds(sp, 0));
+        match on {
+            Some(held) if held.area.kind == StackKind::Entry => true,
+            Some(held) => held.area.end - sp <= registers + PADDING,
+            None => sp >> 63 == 0,
+        }
+    }
+
     /// Goes to the stack that has `len` bytes at `at`.
     pub(super) fn go_to(&mut self, at: u64, len: u64) -> Result<(), Why> {
         let here = self.current.and_then(|index| self.all.get(index));

@@ -107,6 +107,14 @@ fn entry_code_may_have_the_users_stack() {
 }
 
 #[test]
+fn code_that_ends_a_stack_is_not_believed_in_the_middle_of_one() {
+    let mut guest = Guest::new();
+    let top = guest.push(SLEEP.offset(8).at(SLIDE).0);
+    guest.run_at(THREAD.at(SLIDE).0, |registers| registers.rsp = top - 0x400);
+    assert!(matches!(guest.why(), Why::Undefined { .. }));
+}
+
+#[test]
 fn a_task_in_the_middle_of_a_switch_is_not_known() {
     let mut guest = Guest::new();
     guest.sleeping_user_task();
