@@ -156,6 +156,29 @@ pub enum PatchError {
         /// As it was given.
         id: EntryId,
     },
+    /// The guest's kernel was asked for something and did not do it.
+    #[error("the guest was asked {what} and did not: {why}")]
+    Refused {
+        /// What it was asked.
+        what: String,
+        /// What it said.
+        why: String,
+    },
+    /// The guest's kernel is still at it.
+    #[error("the guest was asked to do something for {id} and has not come back from it")]
+    Underway {
+        /// The number of what it is done for.
+        id: EntryId,
+    },
+    /// The guest's kernel is still at it, and nobody waits for it any more.
+    #[error(
+        "the guest was asked to do something for {id} and is still at it; it cannot be kept from it any \
+         more, and its end will be seen to: look at the list later"
+    )]
+    StillUnderway {
+        /// The number of what it is done for.
+        id: EntryId,
+    },
     /// There is no such change.
     #[error("there is no change {id} in the guest")]
     NoSuchEntry {
@@ -169,7 +192,10 @@ impl PatchError {
     #[must_use]
     pub fn passes(&self) -> bool {
         match self {
-            Self::Busy(_) | Self::Occupied { .. } | Self::Waiting { .. } => true,
+            Self::Busy(_)
+            | Self::Occupied { .. }
+            | Self::Waiting { .. }
+            | Self::Underway { .. } => true,
             Self::Tasks(error) => error.passes(),
             Self::Locate(error) => matches!(error, LocateError::Nested),
             _ => false,
@@ -209,6 +235,8 @@ impl PatchError {
             Self::Arena(_) => "Arena",
             Self::Write(_) => "WriteFailed",
             Self::Waiting { .. } => "GracePeriod",
+            Self::Refused { .. } => "GuestRefused",
+            Self::Underway { .. } | Self::StillUnderway { .. } => "Underway",
             Self::NoSuchCookie { .. } => "NoSuchCookie",
             Self::NoSuchEntry { .. } | Self::NoSuchProbe { .. } => "NoSuchEntry",
         }

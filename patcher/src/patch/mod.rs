@@ -23,6 +23,7 @@ mod report;
 mod retire;
 mod stacks;
 mod text_patch;
+mod tracepoint;
 mod writing;
 
 pub use error::PatchError;
@@ -39,3 +40,6 @@ pub use report::{
     Kind, Listing, Origin, PlacedCode, Retired, Reverted,
 };
 pub use text_patch::{MAX_TEXT, PreparedText, TextRequest};
+pub use tracepoint::{
+    Outcome, PreparedTracepoint, TracepointInfo, TracepointRequest, TracepointState, USUAL_PRIORITY,
+};

@@ -14,6 +14,7 @@ use super::report::{
 };
 use super::retire::{Content, Leaving, Retirement};
 use super::text_patch::{PreparedText, TextRequest};
+use super::tracepoint::Tracepoints;
 use super::writing::{change, is_there, still_ours, unmark};
 use super::{EntryId, PatchError};
 use crate::Kernel;
@@ -43,6 +44,7 @@ pub struct Patcher {
     pub(super) contents: BTreeMap<EntryId, Content>,
     pub(super) retired: Retirement,
     pub(super) sites: ProbeSites,
+    pub(super) tracepoints: Tracepoints,
 }
 
 impl Patcher {
@@ -59,6 +61,7 @@ impl Patcher {
             contents: BTreeMap::new(),
             retired: Retirement::default(),
             sites: ProbeSites::new(),
+            tracepoints: Tracepoints::new(),
         })
     }
 
@@ -317,8 +320,10 @@ impl Patcher {
         self.contents.clear();
         self.retired.clear();
         self.sites.clear();
+        let tracepoints = std::mem::take(&mut self.tracepoints);
         Forgotten {
             lost: self.ledger.void(why),
+            tracepoints: tracepoints.into_keys().collect(),
             blocks: self
                 .arena
                 .take()
@@ -386,14 +391,12 @@ impl Patcher {
             (_, Err(error)) => with_causes(&error),
         };
         let forgotten = self.forget(&why);
+        let lost = forgotten.ids();
         for block in forgotten.blocks {
             // The new kernel does not know of it; when it stays, nothing of the guest's is there.
             let _ = guest.remove_block(block);
         }
-        Err(PatchError::Gone {
-            why,
-            lost: forgotten.lost.iter().map(|entry| entry.id).collect(),
-        })
+        Err(PatchError::Gone { why, lost })
     }
 
     /// The arena is unmapped and none of the changes is there any more. A guest that wanted to could

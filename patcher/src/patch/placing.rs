@@ -26,6 +26,22 @@ pub(super) struct Placing<'a> {
 }
 
 impl Placing<'_> {
+    /// The arena, made when there is none yet.
+    pub(super) fn arena<'a>(
+        arena: &'a mut Option<Arena>,
+        guest: &mut dyn StoppedGuest,
+        located: &Located,
+        know: &Knowledge,
+    ) -> Result<&'a mut Arena, PatchError> {
+        match arena {
+            Some(arena) => {
+                arena.check(guest)?;
+                Ok(arena)
+            }
+            none => Ok(none.insert(Arena::install(guest, located, &know.arena)?)),
+        }
+    }
+
     /// Puts code into the arena, which is made when there is none yet.
     pub(super) fn place(
         self,
@@ -43,13 +59,7 @@ impl Placing<'_> {
             let memory = &&*guest;
             know.returns(&located.space(memory), located)
         };
-        let arena = match arena {
-            Some(arena) => {
-                arena.check(guest)?;
-                arena
-            }
-            none => none.insert(Arena::install(guest, located, &know.arena)?),
-        };
+        let arena = Self::arena(arena, guest, located, know)?;
         let linked = |slot: Slot, data: Option<Slot>| {
             let placed = Placed {
                 code: slot.at,

@@ -255,6 +255,17 @@ pub struct KernelReport {
 pub struct Forgotten {
     /// Changes that were in the guest.
     pub lost: Vec<Applied>,
+    /// Callbacks that were on tracepoints.
+    pub tracepoints: Vec<EntryId>,
     /// Blocks of the arena, by guest-physical address, that the hypervisor has to take away.
     pub blocks: Vec<crate::guest::Gpa>,
+}
+
+impl Forgotten {
+    /// The numbers of everything that is gone.
+    #[must_use]
+    pub fn ids(&self) -> Vec<EntryId> {
+        let changes = self.lost.iter().map(|entry| entry.id);
+        changes.chain(self.tracepoints.iter().copied()).collect()
+    }
 }

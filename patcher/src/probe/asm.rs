@@ -1,7 +1,8 @@
 //! Machine code put together instruction by instruction, with the relocations that it needs.
 
+use super::callback::Needs;
 use crate::guest::Gva;
-use crate::patch::code::{Fixup, Part, Resolved, Target, Width};
+use crate::patch::code::{Code, Fixup, Part, Resolved, Target, Width};
 
 /// The sixteen general registers, by their number in an instruction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -108,6 +109,50 @@ impl Asm {
         let PerCpu { base, offset } = variable;
         let addend = addend.wrapping_add_unsigned(offset);
         self.with_target(opcode, Width::Signed32, base, addend);
+    }
+
+    /// The same for something of the kernel's.
+    pub(super) fn at_symbol(&mut self, opcode: &[u8], symbol: Resolved) {
+        self.with_target(opcode, Width::Signed32, symbol, 0);
+    }
+
+    /// `movabs $value,reg`
+    pub(super) fn load(&mut self, reg: Reg, value: u64) {
+        let number = reg.number();
+        self.raw(&[0x48 | number >> 3, 0xb8 | number & 7]);
+        self.raw(&value.to_le_bytes());
+    }
+
+    /// A return as this kernel does it; `thunk` is `__x86_return_thunk`, where there is one.
+    pub(super) fn ret(&mut self, thunk: Option<Resolved>) {
+        let Some(thunk) = thunk else {
+            self.raw(&[0xc3]);
+            return;
+        };
+        self.raw(&[0xe9]);
+        self.fixups.push(Fixup {
+            part: Part::Code,
+            offset: self.text.len(),
+            width: Width::Relative32,
+            target: Target::Return(thunk),
+            addend: -4,
+        });
+        self.raw(&[0; 4]);
+    }
+
+    /// Code that begins with the first byte.
+    pub(super) fn into_code(self) -> Code {
+        Code {
+            instructions: std::iter::once(0..self.text.len()).collect(),
+            text: self.text,
+            text_align: 16,
+            data: Vec::new(),
+            data_align: 16,
+            fixups: self.fixups,
+            functions: Vec::new(),
+            needs: Needs::default(),
+            keep: None,
+        }
     }
 
     /// `lock incq at`

@@ -9,12 +9,14 @@
 mod asm;
 mod callback;
 mod displace;
+mod errand;
 mod trampoline;
 
 pub(crate) use asm::PerCpu;
 pub use callback::{Comparison, Needs, Predicate, PredicateError, Register, UnknownRegister};
 pub use displace::DisplaceError;
 pub(crate) use displace::{Displaced, displace};
+pub(crate) use errand::{Call, Errand, errand_data, return_now};
 pub(crate) use trampoline::{
     Act, Action, BUCKETS, Plan, RECORD, RECORDED, UNFINISHED, Variables, data, trampoline,
 };

@@ -98,6 +98,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) acts: &'a [Act],
     /// It is where the kernel's own tracer would be: what a called function may change is free.
     pub(crate) entry: bool,
+    /// It is no site but a function that somebody calls: what is on the stack is where it returns to.
+    pub(crate) called: bool,
     pub(crate) variables: Option<&'a Variables>,
 }
 
@@ -191,18 +193,7 @@ pub(crate) fn trampoline(plan: &Plan<'_>) -> Code {
         builder.asm.jump(plan.site.offset(displaced.len as u64));
     }
     builder.put_asides();
-    let Asm { text, fixups } = builder.asm;
-    Code {
-        instructions: std::iter::once(0..text.len()).collect(),
-        text,
-        text_align: 16,
-        data: Vec::new(),
-        data_align: 16,
-        fixups,
-        functions: Vec::new(),
-        needs: Needs::default(),
-        keep: None,
-    }
+    builder.asm.into_code()
 }
 
 impl Builder<'_> {
@@ -212,8 +203,10 @@ impl Builder<'_> {
             asm.raw(&[0x9c]); // pushfq
             return;
         }
-        // Unwinders look up what is before a return address.
-        asm.push_address(self.plan.site.offset(1));
+        if !self.plan.called {
+            // Unwinders look up what is before a return address.
+            asm.push_address(self.plan.site.offset(1));
+        }
         asm.push(Rbp);
         asm.raw(&[0x48, 0x89, 0xe5]); // mov %rsp,%rbp
         asm.raw(&[0x9c]); // pushfq
@@ -228,7 +221,7 @@ impl Builder<'_> {
             }
             Frame::All => {
                 ALL.iter().for_each(|reg| asm.push(*reg));
-                let above = HEAD_BYTES + 14 * 8;
+                let above = HEAD_BYTES + 14 * 8 - if self.plan.called { 8 } else { 0 };
                 asm.raw(&[0x48, 0x8d, 0x84, 0x24, above, 0, 0, 0]); // lea above(%rsp),%rax
                 asm.push(Rax);
                 asm.push_address(self.plan.site);
@@ -276,7 +269,9 @@ impl Builder<'_> {
         }
         asm.raw(&[0x9d]); // popfq
         asm.pop(Rbp);
-        asm.raw(&[0x48, 0x8d, 0x64, 0x24, 0x08]); // lea 8(%rsp),%rsp
+        if !self.plan.called {
+            asm.raw(&[0x48, 0x8d, 0x64, 0x24, 0x08]); // lea 8(%rsp),%rsp
+        }
     }
 
     fn act(&mut self, act: &Act) {

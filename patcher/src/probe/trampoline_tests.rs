@@ -52,6 +52,7 @@ fn linked(code: &[u8], acts: &[Act], entry: bool) -> Vec<u8> {
         displaced: &displaced,
         acts,
         entry,
+        called: false,
         variables: Some(&variables()),
     });
     let placed = Placed {

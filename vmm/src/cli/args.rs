@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
 use super::bounds::BoundsArgs;
 use super::run::RunArgs;
@@ -253,6 +253,44 @@ pub enum PatchCommand {
     },
 }
 
+/// What a probe or a callback on a tracepoint does.
+#[derive(Args, Debug)]
+pub struct CallbackOptions {
+    /// Call `stillpoint_callback`, or the only global function, of this relocatable object
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["histogram", "record"])]
+    pub callback: Option<PathBuf>,
+    /// Call this function of the object
+    #[arg(long, value_name = "NAME", requires = "callback")]
+    pub entry: Option<String>,
+    /// The callback may sleep; it is skipped where it may not
+    #[arg(long, requires = "callback")]
+    pub may_sleep: bool,
+    /// The callback uses RCU; it is skipped where RCU is not watching
+    #[arg(long, requires = "callback")]
+    pub needs_rcu: bool,
+    /// The callback may run in a non-maskable interrupt; otherwise it is skipped there
+    #[arg(long, requires = "callback")]
+    pub nmi: bool,
+    /// Count for each CPU how often this register has which magnitude
+    #[arg(long, value_name = "REGISTER", conflicts_with = "record")]
+    pub histogram: Option<String>,
+    /// Keep records with up to four registers
+    #[arg(long, value_name = "REGISTERS", value_delimiter = ',', num_args = 0..)]
+    pub record: Option<Vec<String>>,
+    /// How many records to keep
+    #[arg(long, value_name = "N", requires = "record")]
+    pub records: Option<u32>,
+    /// Only where this holds, such as di==5 or si>=0x1000
+    #[arg(long = "if", value_name = "COMPARISON")]
+    pub only_if: Option<String>,
+    /// Number that the callback is called with
+    #[arg(long, value_name = "N", value_parser = super::values::number)]
+    pub data: Option<u64>,
+    /// Of several in one place, those of higher priority come first
+    #[arg(long, value_name = "N", allow_hyphen_values = true)]
+    pub priority: Option<i32>,
+}
+
 /// `probe`.
 #[derive(Subcommand, Debug)]
 pub enum ProbeCommand {
@@ -262,39 +300,9 @@ pub enum ProbeCommand {
     Attach {
         /// `symbol`, `symbol+0x12`, `symbol@2+0x12` or an address
         site: Site,
-        /// Call `stillpoint_callback`, or the only global function, of this relocatable object
-        #[arg(long, value_name = "FILE", conflicts_with_all = ["histogram", "record"])]
-        callback: Option<PathBuf>,
-        /// Call this function of the object
-        #[arg(long, value_name = "NAME", requires = "callback")]
-        entry: Option<String>,
-        /// The callback may sleep; it is skipped where it may not
-        #[arg(long, requires = "callback")]
-        may_sleep: bool,
-        /// The callback uses RCU; it is skipped where RCU is not watching
-        #[arg(long, requires = "callback")]
-        needs_rcu: bool,
-        /// The callback may run in a non-maskable interrupt; otherwise it is skipped there
-        #[arg(long, requires = "callback")]
-        nmi: bool,
-        /// Count for each CPU how often this register has which magnitude
-        #[arg(long, value_name = "REGISTER", conflicts_with = "record")]
-        histogram: Option<String>,
-        /// Keep records with up to four registers
-        #[arg(long, value_name = "REGISTERS", value_delimiter = ',', num_args = 0..)]
-        record: Option<Vec<String>>,
-        /// How many records to keep
-        #[arg(long, value_name = "N", requires = "record")]
-        records: Option<u32>,
-        /// Only where this holds, such as di==5 or si>=0x1000
-        #[arg(long = "if", value_name = "COMPARISON")]
-        only_if: Option<String>,
-        /// Number that the callback is called with
-        #[arg(long, value_name = "N", value_parser = super::values::number)]
-        data: Option<u64>,
-        /// Of the probes of a site, those of higher priority come first
-        #[arg(long, value_name = "N", allow_hyphen_values = true)]
-        priority: Option<i32>,
+        /// What it does
+        #[command(flatten)]
+        callback: CallbackOptions,
         /// How long to try, such as 500ms or 5s
         #[arg(long, value_name = "TIME")]
         deadline: Option<Deadline>,
@@ -327,24 +335,27 @@ pub enum ProbeCommand {
 /// `tracepoint`.
 #[derive(Subcommand, Debug)]
 pub enum TracepointCommand {
-    /// Attach a callback to a tracepoint of the guest
+    /// Do something whenever the guest comes by one of its tracepoints
+    ///
+    /// Registers are those of the call: si is the first argument of the tracepoint, then dx, cx, r8 and
+    /// r9. Without more, it is counted.
     Attach {
         /// Name of the tracepoint
         name: String,
-        /// Object with the callback
-        #[arg(long, value_name = "FILE")]
-        callback: Option<PathBuf>,
-        /// Number that the callback is called with
-        #[arg(long, value_name = "N", value_parser = super::values::number)]
-        data: Option<u64>,
-        /// Callbacks of higher priority run first
-        #[arg(long, value_name = "N", allow_hyphen_values = true)]
-        priority: Option<i32>,
+        /// What it does
+        #[command(flatten)]
+        callback: CallbackOptions,
+        /// How long to try, such as 500ms or 5s
+        #[arg(long, value_name = "TIME")]
+        deadline: Option<Deadline>,
     },
     /// Detach a callback
     Detach {
         /// The number that `tracepoint attach` or `tracepoint list` printed
         id: u64,
+        /// How long to try, such as 500ms or 5s
+        #[arg(long, value_name = "TIME")]
+        deadline: Option<Deadline>,
     },
     /// List tracepoints that have callbacks
     List,

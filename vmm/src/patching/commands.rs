@@ -62,6 +62,7 @@ pub fn register(registry: &mut Registry, patching: &Patching) {
     super::inspect::register(registry, patching);
     super::probes::register(registry, patching);
     super::stacks::register(registry, patching);
+    super::tracepoints::register(registry, patching);
     let p = patching.clone();
     registry.slow("query-kernel", move |context, query: Query| {
         p.stopped(
@@ -156,11 +157,16 @@ pub(super) fn object(path: &std::path::Path) -> Result<Vec<u8>, QmpError> {
 }
 
 pub(super) fn origin(context: &Context) -> Origin {
+    Origin {
+        who: context.peer.to_string(),
+        at_ms: now_ms(),
+    }
+}
+
+/// Milliseconds since 1970.
+pub(super) fn now_ms() -> u64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    Origin {
-        who: context.peer.to_string(),
-        at_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
-    }
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

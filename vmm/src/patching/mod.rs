@@ -4,6 +4,7 @@
 //! A thread of its own looks now and then whether what was changed is still there, and frees what
 //! nobody needs any more.
 
+mod callback;
 mod commands;
 mod error;
 mod grace;
@@ -12,6 +13,7 @@ mod inspect;
 mod probes;
 mod session;
 mod stacks;
+mod tracepoints;
 mod vmcoreinfo;
 
 use std::{io, thread};

@@ -1,117 +1,14 @@
 //! `probe-attach`, `probe-detach`, `query-probes`, `query-histogram`, `query-records` and
 //! `query-trampolines`.
 
-use std::path::PathBuf;
-
 use patcher::guest::Gva;
-use patcher::patch::{Applied, Callback, EntryId, Kind, ProbeRequest, Retired};
-use patcher::probe::{Needs, Predicate, Register};
+use patcher::patch::{Applied, EntryId, Kind, Retired};
 use serde::{Deserialize, Serialize};
 
-use super::commands::{invalid, object, origin, site};
+use super::callback::Attach;
+use super::commands::origin;
 use super::session::Patching;
 use crate::control::command::{DeadlineArgument, NoArguments, NumberArgument, Registry};
-use crate::control::protocol::QmpError;
-
-/// What a probe does.
-#[derive(Clone, Copy, PartialEq, Eq, Deserialize, Debug, Default)]
-#[serde(rename_all = "kebab-case")]
-enum Kinds {
-    #[default]
-    Count,
-    Histogram,
-    Record,
-    Code,
-}
-
-#[derive(Deserialize, Debug)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-struct ProbeAttach {
-    site: String,
-    /// Without it: code where there is an object, else counting.
-    callback: Option<Kinds>,
-    /// Path of a relocatable object, as this process sees it.
-    object: Option<PathBuf>,
-    entry: Option<String>,
-    #[serde(default)]
-    may_sleep: bool,
-    #[serde(default)]
-    needs_rcu: bool,
-    #[serde(default)]
-    nmi: bool,
-    #[serde(default)]
-    no_registers: bool,
-    /// For a histogram: one.
-    #[serde(default)]
-    registers: Vec<String>,
-    records: Option<u32>,
-    #[serde(rename = "if")]
-    only_if: Option<String>,
-    data: Option<NumberArgument>,
-    #[serde(default)]
-    priority: i32,
-    #[serde(default)]
-    deadline: DeadlineArgument,
-}
-
-impl ProbeAttach {
-    fn request(self) -> Result<ProbeRequest, QmpError> {
-        let only_if = self.only_if.as_deref().map(str::parse::<Predicate>);
-        let only_if = only_if.transpose().map_err(|error| invalid("if", error))?;
-        Ok(ProbeRequest {
-            site: site(&self.site)?,
-            value: self.data.unwrap_or_default().0,
-            priority: self.priority,
-            only_if,
-            callback: self.callback()?,
-        })
-    }
-
-    fn callback(self) -> Result<Callback, QmpError> {
-        let usual = match self.object {
-            Some(_) => Kinds::Code,
-            None => Kinds::Count,
-        };
-        let kind = self.callback.unwrap_or(usual);
-        let needs = Needs {
-            may_sleep: self.may_sleep,
-            needs_rcu: self.needs_rcu,
-            nmi: self.nmi,
-            no_registers: self.no_registers,
-        };
-        let has_code = self.object.is_some() || self.entry.is_some() || needs != Needs::default();
-        if kind != Kinds::Code && has_code {
-            let why = "only code has an object, an entry and needs";
-            return Err(invalid("callback", why));
-        }
-        if self.records.is_some() && kind != Kinds::Record {
-            return Err(invalid("records", "only a probe that records has them"));
-        }
-        let registers = self.registers.iter().map(|name| name.parse());
-        let registers = registers.collect::<Result<Vec<Register>, _>>();
-        let registers = registers.map_err(|error| invalid("registers", error))?;
-        match (kind, self.object, registers.as_slice()) {
-            (Kinds::Count, None, []) => Ok(Callback::Count),
-            (Kinds::Histogram, None, [register]) => Ok(Callback::Histogram(*register)),
-            (Kinds::Record, None, _) => Ok(Callback::Record {
-                registers,
-                records: self.records,
-            }),
-            (Kinds::Code, Some(path), []) => Ok(Callback::Code {
-                file: object(&path)?,
-                function: self.entry,
-                needs,
-            }),
-            (Kinds::Code, None, _) => Err(invalid("object", "code is in one: give its path")),
-            (Kinds::Histogram, ..) => Err(invalid("registers", "a histogram is of one register")),
-            (Kinds::Count | Kinds::Code, ..) => Err(invalid(
-                "registers",
-                "only histograms and records have them",
-            )),
-            (Kinds::Record, Some(_), _) => Err(invalid("object", "records need none")),
-        }
-    }
-}
 
 #[derive(Deserialize, Debug)]
 #[serde(deny_unknown_fields)]
@@ -214,9 +111,9 @@ impl Trampoline {
 /// Adds the commands.
 pub(super) fn register(registry: &mut Registry, patching: &Patching) {
     let p = patching.clone();
-    registry.slow("probe-attach", move |context, arguments: ProbeAttach| {
+    registry.slow("probe-attach", move |context, arguments: Attach| {
         let within = arguments.deadline.or_usual();
-        let request = arguments.request()?;
+        let request = arguments.probe()?;
         let prepared = p.with(|patcher| patcher.prepare_probe(request))?;
         p.get_arena_ready();
         let origin = origin(context);

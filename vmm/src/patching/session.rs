@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use patcher::Kernel;
 use patcher::arena::BLOCK;
 use patcher::guest::{GuestMemory, StoppedGuest};
-use patcher::patch::{Applied, Collected, PatchError, Patcher};
+use patcher::patch::{Collected, EntryId, Origin, PatchError, Patcher};
 use patcher::space::Bounds;
 
 use super::error::refusal;
@@ -37,6 +37,8 @@ struct State {
     incarnation: u64,
     /// The thread that looks after what is in the guest.
     looking: Option<Thread>,
+    /// Callbacks on tracepoints that the guest is at, and that nobody waits for any more.
+    orphans: Vec<EntryId>,
 }
 
 /// What the stops of one command cost the guest.
@@ -245,7 +247,12 @@ impl Patching {
             };
             let left = deadline.saturating_duration_since(Instant::now());
             thread::sleep(pause.max(pause_at_least).min(left));
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            // A lock that is taken again and again is free for short moments only.
+            let longest = match error {
+                PatchError::Busy(_) => LONGEST_PAUSE / 5,
+                _ => LONGEST_PAUSE,
+            };
+            pause = (pause * 2).min(longest);
         }
     }
 
@@ -289,29 +296,43 @@ impl Patching {
             return;
         };
         let why = "the machine was reset";
-        let lost: Vec<Applied> = patcher.forget(why).lost;
+        let lost = patcher.forget(why).ids();
         if !lost.is_empty() {
-            self.announce_gone(why, lost.iter().map(|entry| entry.id.0).collect());
+            self.announce_gone(why, lost.iter().map(|id| id.0).collect());
         }
     }
 
     /// Notices a reset, or a kernel that replaced itself (kexec), and frees what nobody is in any
     /// more. Tells when to look again.
     pub(super) fn look(&self) -> Duration {
-        let mut state = self.lock();
+        let mut guard = self.lock();
+        let state = &mut *guard;
         let incarnation = self.machine.incarnation();
         if state.incarnation != incarnation {
             state.incarnation = incarnation;
-            self.forget(&mut state);
+            self.forget(state);
         }
         let Some(patcher) = &mut state.patcher else {
             return LOOK_EVERY;
+        };
+        let unfinished = patcher.unfinished_tracepoints();
+        state.orphans.retain(|id| unfinished.contains(id));
+        let ready = match self.machine.memory() {
+            Ok(memory) => {
+                let done = |id: &&EntryId| patcher.tracepoint_ready(&memory, **id) == Ok(true);
+                state.orphans.iter().find(done).copied()
+            }
+            Err(_) => None,
         };
         let collect = patcher.has_to_collect();
         if !collect && !patcher.has_applied() {
             return LOOK_EVERY;
         }
         let looked = self.machine.with_stopped(LOOK_DEADLINE, |guest| {
+            if let Some(id) = ready {
+                // What the guest refused is not there, as nobody waits for it.
+                let _ = patcher.finish_tracepoint(guest, id, &ourselves());
+            }
             if collect {
                 patcher.collect(guest)
             } else {
@@ -319,7 +340,7 @@ impl Patching {
             }
         });
         let again = patcher.has_to_collect();
-        drop(state);
+        drop(guard);
         match looked {
             Ok((Ok(collected), times)) => {
                 self.announce_freed(&collected);
@@ -353,6 +374,14 @@ impl Patching {
         }
     }
 
+    /// Nobody waits any more for what the guest is at.
+    pub(super) fn see_to_tracepoints(&self) {
+        let mut state = self.lock();
+        if let Some(patcher) = &state.patcher {
+            state.orphans = patcher.unfinished_tracepoints();
+        }
+    }
+
     fn announce_freed(&self, collected: &Collected) {
         if !collected.freed.is_empty() {
             self.machine.announce(&Event::Own {
@@ -367,6 +396,14 @@ impl Patching {
             name: "PATCHES_GONE",
             data: serde_json::json!({ "reason": why, "changes": changes }),
         });
+    }
+}
+
+/// Who sees to what nobody waits for.
+fn ourselves() -> Origin {
+    Origin {
+        who: "stillpoint".into(),
+        at_ms: super::commands::now_ms(),
     }
 }
 

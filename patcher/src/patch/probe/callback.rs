@@ -50,7 +50,7 @@ pub enum Callback {
 
 /// What a probe does, checked as far as it can be without a guest.
 #[derive(Clone, Debug)]
-pub(super) enum Prepared {
+pub(in super::super) enum Prepared {
     Inline(Action),
     Code {
         code: Code,
@@ -110,30 +110,30 @@ impl Does {
 
 /// A probe that is in the guest.
 #[derive(Debug)]
-pub(super) struct Attached {
-    pub(super) id: EntryId,
+pub(in super::super) struct Attached {
+    pub(in super::super) id: EntryId,
     /// The site as it was given.
-    pub(super) site: String,
-    pub(super) priority: i32,
-    pub(super) act: Act,
-    pub(super) data: Slot,
-    pub(super) code: Option<(PlacedCode, Content)>,
-    pub(super) origin: Origin,
+    pub(in super::super) site: String,
+    pub(in super::super) priority: i32,
+    pub(in super::super) act: Act,
+    pub(in super::super) data: Slot,
+    pub(in super::super) code: Option<(PlacedCode, Content)>,
+    pub(in super::super) origin: Origin,
 }
 
 impl Attached {
-    pub(super) fn does(&self) -> Does {
+    pub(in super::super) fn does(&self) -> Does {
         Does::of(&self.act.action)
     }
 
     /// It neither sleeps nor calls.
-    pub(super) fn is_plain(&self) -> bool {
+    pub(in super::super) fn is_plain(&self) -> bool {
         !matches!(self.act.action, Action::Call { nests: true, .. })
     }
 }
 
 impl Prepared {
-    pub(super) fn new(know: &Knowledge, callback: Callback) -> Result<Self, PatchError> {
+    pub(in super::super) fn new(know: &Knowledge, callback: Callback) -> Result<Self, PatchError> {
         Ok(match callback {
             Callback::Count => Self::Inline(Action::Count),
             Callback::Histogram(register) => Self::Inline(Action::Histogram(register)),
@@ -167,12 +167,12 @@ impl Prepared {
     }
 
     /// Whether trampolines for it look at the guest's variables.
-    pub(super) fn looks(&self) -> bool {
+    pub(in super::super) fn looks(&self) -> bool {
         !matches!(self, Self::Inline(Action::Count))
     }
 
     /// What is needed of the kernel is there.
-    pub(super) fn check(&self, variables: &Variables) -> Result<(), PatchError> {
+    pub(in super::super) fn check(&self, variables: &Variables) -> Result<(), PatchError> {
         match self {
             Self::Code { needs, .. } if needs.may_sleep && !variables.counted => {
                 Err(PatchError::Request(
@@ -187,25 +187,25 @@ impl Prepared {
 }
 
 /// What a callback is placed with.
-pub(super) struct Wanted<'a> {
-    pub(super) prepared: &'a Prepared,
-    pub(super) only_if: Option<Predicate>,
-    pub(super) value: u64,
-    pub(super) at: Gva,
-    pub(super) cpus: u64,
+pub(in super::super) struct Wanted<'a> {
+    pub(in super::super) prepared: &'a Prepared,
+    pub(in super::super) only_if: Option<Predicate>,
+    pub(in super::super) value: u64,
+    pub(in super::super) at: Gva,
+    pub(in super::super) cpus: u64,
 }
 
 /// A callback that is in the arena, and that nothing calls yet.
-pub(super) struct Ready {
-    pub(super) act: Act,
-    pub(super) data: Slot,
-    pub(super) code: Option<(PlacedCode, Content)>,
+pub(in super::super) struct Ready {
+    pub(in super::super) act: Act,
+    pub(in super::super) data: Slot,
+    pub(in super::super) code: Option<(PlacedCode, Content)>,
     /// Nobody can have been in the code yet.
     fresh: bool,
 }
 
 impl Wanted<'_> {
-    pub(super) fn put(
+    pub(in super::super) fn put(
         &self,
         guest: &mut dyn StoppedGuest,
         placing: Placing<'_>,
@@ -234,10 +234,7 @@ impl Wanted<'_> {
                 }
             }
         };
-        let arena = match arena {
-            Some(arena) => arena,
-            none => none.insert(Arena::install(guest, located, &know.arena)?),
-        };
+        let arena = Placing::arena(arena, guest, located, know)?;
         let more = match &action {
             Action::Count | Action::Call { .. } => 0,
             Action::Histogram(_) => self.cpus * BUCKETS * 8,
@@ -288,7 +285,7 @@ fn give_back_data(guest: &mut dyn StoppedGuest, arena: &mut Arena, slot: Slot) {
 
 impl Ready {
     /// Nothing will call it.
-    pub(super) fn undo(self, guest: &mut dyn StoppedGuest, arena: &mut Arena) {
+    pub(in super::super) fn undo(self, guest: &mut dyn StoppedGuest, arena: &mut Arena) {
         give_back_data(guest, arena, self.data);
         if let (Some((placed, _)), true) = (self.code, self.fresh) {
             give_back(guest, arena, placed.code, placed.data);
@@ -297,7 +294,7 @@ impl Ready {
 }
 
 /// Where this kernel has what trampolines look at.
-pub(super) fn variables(know: &Knowledge) -> Result<Variables, PatchError> {
+pub(in super::super) fn variables(know: &Knowledge) -> Result<Variables, PatchError> {
     let types = know.kernel.types();
     let lacks = |what: &str, why: String| {
         PatchError::Request(format!(

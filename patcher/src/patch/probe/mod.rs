@@ -11,6 +11,7 @@ mod site;
 use std::collections::BTreeMap;
 
 use super::hook::Hook;
+use super::knowledge::Knowledge;
 use super::placing::{NewPlace, Placing, give_back};
 use super::report::{Applied, Bytes, Evidence, Kind, Origin, PlacedCode, Reverted};
 use super::retire::{Content, Leaving};
@@ -20,8 +21,9 @@ use crate::guest::{Gva, LinkAddr, StoppedGuest};
 use crate::probe::{Act, Displaced, Plan, Predicate, Variables, trampoline};
 use crate::space::Located;
 use crate::symbols::Site;
-use callback::{Attached, Prepared, Ready, Wanted, variables};
+pub(super) use callback::{Attached, Prepared, Ready, Wanted, variables};
 pub use callback::{Callback, Does};
+pub(super) use report::hexadecimal;
 pub use report::{Detached, Histogram, NewProbe, ProbeInfo, Recorded, Records};
 use site::{allowed, nothing_leads_inside, place};
 
@@ -89,6 +91,7 @@ impl ProbeSite {
             displaced: &self.displaced,
             acts,
             entry: self.entry,
+            called: false,
             variables: self.variables.as_ref(),
         })
     }
@@ -383,13 +386,13 @@ impl Patcher {
         wanted.put(guest, self.placing(found))
     }
 
-    fn undo(&mut self, guest: &mut dyn StoppedGuest, ready: Ready) {
+    pub(super) fn undo(&mut self, guest: &mut dyn StoppedGuest, ready: Ready) {
         if let Some(arena) = &mut self.arena {
             ready.undo(guest, arena);
         }
     }
 
-    fn placing<'a>(&'a mut self, found: &'a Located) -> Placing<'a> {
+    pub(super) fn placing<'a>(&'a mut self, found: &'a Located) -> Placing<'a> {
         Placing {
             know: &self.know,
             located: found,
@@ -405,20 +408,55 @@ impl Patcher {
 }
 
 fn attached(id: EntryId, prepared: &PreparedProbe, ready: Ready, origin: &Origin) -> Attached {
-    Attached {
-        id,
-        site: prepared.site.to_string(),
-        priority: prepared.priority,
-        act: ready.act,
-        data: ready.data,
-        code: ready.code,
-        origin: origin.clone(),
+    let site = prepared.site.to_string();
+    Attached::new(id, &site, prepared.priority, ready, origin)
+}
+
+impl PreparedProbe {
+    /// A probe of our own.
+    pub(super) fn internal(
+        know: &Knowledge,
+        site: Site,
+        callback: Prepared,
+        variables: Variables,
+    ) -> Result<Self, PatchError> {
+        let link = site.resolve(know.kernel.symbols())?;
+        if let Some(link) = link {
+            allowed(know, link, &site)?;
+        }
+        Ok(Self {
+            site,
+            link,
+            callback,
+            value: 0,
+            priority: i32::MAX,
+            only_if: None,
+            variables: Some(variables),
+        })
     }
 }
 
 impl Attached {
+    pub(super) fn new(
+        id: EntryId,
+        site: &str,
+        priority: i32,
+        ready: Ready,
+        origin: &Origin,
+    ) -> Self {
+        Self {
+            id,
+            site: site.to_owned(),
+            priority,
+            act: ready.act,
+            data: ready.data,
+            code: ready.code,
+            origin: origin.clone(),
+        }
+    }
+
     /// What only this probe had goes with its trampoline.
-    fn leave(self, leaving: Leaving) -> Leaving {
+    pub(super) fn leave(self, leaving: Leaving) -> Leaving {
         leaving.with(self.code, self.data)
     }
 }

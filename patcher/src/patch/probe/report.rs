@@ -91,7 +91,10 @@ pub struct Recorded {
 
 /// Numbers that may be addresses are sent as strings, as addresses are.
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
-fn hexadecimal<S: serde::Serializer>(value: &u64, to: S) -> Result<S::Ok, S::Error> {
+pub(in super::super) fn hexadecimal<S: serde::Serializer>(
+    value: &u64,
+    to: S,
+) -> Result<S::Ok, S::Error> {
     to.collect_str(&format_args!("{value:#x}"))
 }
 
@@ -124,6 +127,7 @@ impl Patcher {
         let all = self.sites.iter();
         let mut all: Vec<_> = all
             .flat_map(|(change, site)| site.attached.iter().map(move |probe| (*change, probe.id)))
+            .filter(|(_, id)| !self.is_errand(*id))
             .map(|(change, id)| self.probe_info(memory, change, id))
             .collect::<Result<_, _>>()?;
         all.sort_by_key(|probe| probe.id);
@@ -239,12 +243,17 @@ impl Patcher {
     }
 
     fn attached(&self, id: EntryId) -> Result<&Attached, PatchError> {
-        let mut all = self.sites.values().flat_map(|site| &site.attached);
+        let sites = self.sites.values().flat_map(|site| &site.attached);
+        let mut all = sites.chain(self.tracepoints.values().map(|traced| &traced.probe));
         let found = all.find(|probe| probe.id == id);
         found.ok_or(PatchError::NoSuchProbe { id })
     }
 
-    fn word(&self, memory: &dyn GuestMemory, at: Gva) -> Result<u64, PatchError> {
+    pub(in super::super) fn word(
+        &self,
+        memory: &dyn GuestMemory,
+        at: Gva,
+    ) -> Result<u64, PatchError> {
         let mut bytes = [0; 8];
         self.arena_or_lost()?.read(memory, at, &mut bytes)?;
         Ok(u64::from_le_bytes(bytes))

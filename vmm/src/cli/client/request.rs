@@ -7,9 +7,10 @@ use serde_json::{Map, Value, json};
 use super::connection::ClientError;
 use super::render;
 use crate::cli::args::{
-    ClientCommand, GpCommand, PatchCommand, ProbeCommand, TextCommand, TracepointCommand,
-    VcpuCommand,
+    CallbackOptions, ClientCommand, GpCommand, PatchCommand, ProbeCommand, TextCommand,
+    TracepointCommand, VcpuCommand,
 };
+use crate::cli::values::Deadline;
 
 /// What a command line asks for.
 pub(super) enum Task {
@@ -213,55 +214,52 @@ fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
         ProbeCommand::Attach {
             site,
             callback,
-            entry,
-            may_sleep,
-            needs_rcu,
-            nmi,
-            histogram,
-            record,
-            records,
-            only_if,
-            data,
-            priority,
             deadline,
-        } => {
-            let kind = match (&histogram, &record) {
-                (Some(_), _) => Some("histogram"),
-                (_, Some(_)) => Some("record"),
-                _ => None,
-            };
-            let registers = histogram.map(|register| vec![register]).or(record);
-            let yes = |given: bool| given.then_some(true);
-            ask(
-                "probe-attach",
-                json!({
-                    "site": site.0,
-                    "callback": kind,
-                    "object": callback.as_deref().map(absolute).transpose()?,
-                    "entry": entry,
-                    "may-sleep": yes(may_sleep),
-                    "needs-rcu": yes(needs_rcu),
-                    "nmi": yes(nmi),
-                    "registers": registers,
-                    "records": records,
-                    "if": only_if,
-                    "data": data,
-                    "priority": priority,
-                    "deadline": deadline.map(|d| d.as_millis()),
-                }),
-            )
-        }
-        ProbeCommand::Histogram { id } => ask("query-histogram", json!({ "id": id })),
-        ProbeCommand::Records { id, since } => {
-            ask("query-records", json!({ "id": id, "since": since }))
-        }
+        } => ask(
+            "probe-attach",
+            attach(("site", site.0), callback, deadline)?,
+        ),
         ProbeCommand::Detach { id, deadline } => ask(
             "probe-detach",
             json!({ "id": id, "deadline": deadline.map(|d| d.as_millis()) }),
         ),
         ProbeCommand::List => ask("query-probes", Value::Null),
+        ProbeCommand::Histogram { id } => ask("query-histogram", json!({ "id": id })),
+        ProbeCommand::Records { id, since } => {
+            ask("query-records", json!({ "id": id, "since": since }))
+        }
     };
     Ok(Request { show, ..request })
+}
+
+/// What a probe or a callback on a tracepoint is asked to do.
+fn attach(
+    (place, at): (&str, String),
+    options: CallbackOptions,
+    deadline: Option<Deadline>,
+) -> Result<Value, ClientError> {
+    let kind = match (&options.histogram, &options.record) {
+        (Some(_), _) => Some("histogram"),
+        (_, Some(_)) => Some("record"),
+        _ => None,
+    };
+    let registers = options.histogram.map(|register| vec![register]);
+    let yes = |given: bool| given.then_some(true);
+    Ok(json!({
+        place: at,
+        "callback": kind,
+        "object": options.callback.as_deref().map(absolute).transpose()?,
+        "entry": options.entry,
+        "may-sleep": yes(options.may_sleep),
+        "needs-rcu": yes(options.needs_rcu),
+        "nmi": yes(options.nmi),
+        "registers": registers.or(options.record),
+        "records": options.records,
+        "if": options.only_if,
+        "data": options.data,
+        "priority": options.priority,
+        "deadline": deadline.map(|d| d.as_millis()),
+    }))
 }
 
 fn tracepoint(command: TracepointCommand) -> Result<Request, ClientError> {
@@ -269,19 +267,29 @@ fn tracepoint(command: TracepointCommand) -> Result<Request, ClientError> {
         TracepointCommand::Attach {
             name,
             callback,
-            data,
-            priority,
-        } => ask(
-            "tracepoint-attach",
-            json!({
-                "name": name,
-                "callback": callback.as_deref().map(absolute).transpose()?,
-                "data": data,
-                "priority": priority,
-            }),
-        ),
-        TracepointCommand::Detach { id } => ask("tracepoint-detach", json!({ "id": id })),
-        TracepointCommand::List => ask("query-tracepoints", Value::Null),
+            deadline,
+        } => {
+            let arguments = attach(("name", name), callback, deadline)?;
+            let request = ask("tracepoint-attach", arguments);
+            Request {
+                show: render::traced,
+                ..request
+            }
+        }
+        TracepointCommand::Detach { id, deadline } => {
+            let request = ask(
+                "tracepoint-detach",
+                json!({ "id": id, "deadline": deadline.map(|d| d.as_millis()) }),
+            );
+            Request {
+                show: render::traced,
+                ..request
+            }
+        }
+        TracepointCommand::List => Request {
+            show: render::tracepoints,
+            ..ask("query-tracepoints", Value::Null)
+        },
     })
 }
 

@@ -18,7 +18,8 @@ pub(super) use insight::{modules, symbols, tasks};
 pub(super) use inspect::{inspected_dump, inspected_kernel, inspected_text};
 pub(super) use patching::{changed, kernel, list as text_list, reverted};
 pub(super) use probes::{
-    attached, cookie, detached, histogram, holdouts, passed, probes, records, trampolines,
+    attached, cookie, detached, histogram, holdouts, passed, probes, records, traced, tracepoints,
+    trampolines,
 };
 pub(super) use stacks::{stacks, vcpus};
 

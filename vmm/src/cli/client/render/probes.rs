@@ -86,6 +86,34 @@ pub(in super::super) fn probes(answer: &Value) -> String {
     table(&answer["probes"], row, "no probes")
 }
 
+/// `tracepoint-attach` and `tracepoint-detach`.
+pub(in super::super) fn traced(answer: &Value) -> String {
+    let (one, what) = match answer.get("tracepoint") {
+        Some(gone) => (
+            gone,
+            format!("was on {}, {} hits", plain(&gone["name"]), gone["hits"]),
+        ),
+        None => (answer, format!("is on {}", plain(&answer["name"]))),
+    };
+    format!("callback {} {what}\n", one["id"]) + &stalled(answer)
+}
+
+/// `query-tracepoints`.
+pub(in super::super) fn tracepoints(answer: &Value) -> String {
+    let row = |one: &Value| {
+        json!({
+            "callback": one["id"],
+            "tracepoint": one["name"],
+            "state": one["state"],
+            "does": one["callback"],
+            "hits": one["hits"],
+            "skipped": one["skipped"],
+            "priority": one["priority"],
+        })
+    };
+    table(&answer["tracepoints"], row, "no callbacks on tracepoints")
+}
+
 /// `query-trampolines`.
 pub(in super::super) fn trampolines(answer: &Value) -> String {
     let row = |one: &Value| {

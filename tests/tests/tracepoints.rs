@@ -1,0 +1,171 @@
+//! Callbacks on the guest's own tracepoints, beside the guest's own users of them.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use stillpoint_tests::{Failure, Guest, Qmp, QmpError, TestResult, on_kvm, replacement};
+
+fn attach(qmp: &mut Qmp, arguments: Value) -> Result<u64, Failure> {
+    let reply = qmp.execute("tracepoint-attach", arguments)?;
+    let id = reply["id"].as_u64();
+    id.ok_or_else(|| Failure::new(format!("no number in {reply}")))
+}
+
+fn hits(qmp: &mut Qmp, id: u64) -> Result<u64, Failure> {
+    let reply = qmp.execute("query-tracepoints", json!({}))?;
+    let mut all = reply["tracepoints"].as_array().into_iter().flatten();
+    let found = all.find(|one| one["id"] == json!(id));
+    let hits = found.and_then(|one| one["hits"].as_u64());
+    hits.ok_or_else(|| Failure::new(format!("no {id} in {reply}")))
+}
+
+fn detach(qmp: &mut Qmp, id: u64) -> Result<u64, Failure> {
+    let reply = qmp.execute("tracepoint-detach", json!({"id": id, "deadline": "20s"}))?;
+    let hits = reply["tracepoint"]["hits"].as_u64();
+    hits.ok_or_else(|| Failure::new(format!("no hits in {reply}")))
+}
+
+fn all_freed(qmp: &mut Qmp) -> TestResult {
+    let begun = Instant::now();
+    loop {
+        let reply = qmp.execute("query-trampolines", json!({}))?;
+        if reply["trampolines"] == json!([]) {
+            return Ok(());
+        }
+        if begun.elapsed() > Duration::from_secs(20) {
+            return Err(Failure::new(format!("not freed: {reply}")));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// How many events the guest's own tracing has of `event`.
+fn traced(guest: &Guest, event: &str) -> Result<u64, Failure> {
+    let said = guest.sh(&format!(
+        "grep -c ' {event}: ' /sys/kernel/tracing/trace || true"
+    ))?;
+    let parsed = said.trim().parse();
+    parsed.map_err(|_| Failure::new(format!("no number: {said}")))
+}
+
+fn beside_the_guest(kernel: &str, rounds: u32) -> TestResult {
+    let guest = Guest::boot(kernel)
+        .cpus(2)
+        .cmdline("slub_debug=FZPU")
+        .start()?;
+    let mut qmp = guest.control()?;
+    let five = || guest.sh("for i in 1 2 3 4 5; do /bin/true; done");
+    let event = |on: u8| {
+        guest.sh(&format!(
+            "echo {on} >/sys/kernel/tracing/events/sched/sched_process_exec/enable"
+        ))
+    };
+    let name = "sched_process_exec";
+    let sum = || -> Result<i64, Failure> {
+        let sum = guest.sh("cat /proc/sys/kernel/panic; echo 0 >/proc/sys/kernel/panic")?;
+        let parsed = sum.trim().parse();
+        parsed.map_err(|_| Failure::new(format!("no number: {sum}")))
+    };
+    sum()?;
+    // Alone: 0 to 1 and back. The shell that runs a command is a program as well.
+    let id = attach(&mut qmp, json!({"name": name}))?;
+    five()?;
+    assert_eq!(detach(&mut qmp, id)?, 6);
+    // Two of ours with their own data, one of the guest's between them, and records of arguments.
+    let object = replacement("add").display().to_string();
+    let add = |data: u64| json!({"name": name, "object": object, "data": data});
+    let one = attach(&mut qmp, add(1))?;
+    event(1)?;
+    let hundred = attach(&mut qmp, add(10_000))?;
+    let argument =
+        json!({"name": name, "callback": "record", "registers": ["di", "si"], "data": "0x1234"});
+    let records = attach(&mut qmp, argument)?;
+    five()?;
+    assert!(traced(&guest, name)? >= 5);
+    let told = qmp.execute("query-records", json!({"id": records}))?;
+    for record in told["records"].as_array().into_iter().flatten() {
+        assert_eq!(record["values"][0], "0x1234", "{record}");
+        let task = record["values"][1].as_str();
+        assert!(
+            task.is_some_and(|task| task.starts_with("0xffff")),
+            "{record}"
+        );
+        assert_eq!(
+            record["values"][1], record["task"],
+            "who calls exec: {record}"
+        );
+    }
+    let ones = detach(&mut qmp, one)?;
+    event(0)?;
+    five()?;
+    let recorded = detach(&mut qmp, records)?;
+    let hundreds = detach(&mut qmp, hundred)?;
+    assert!(
+        ones > 5 && recorded > 11 && hundreds == recorded,
+        "{ones} {recorded} {hundreds}"
+    );
+    assert_eq!(
+        sum()?,
+        i64::try_from(ones + 10_000 * hundreds)?,
+        "each its own data"
+    );
+    all_freed(&mut qmp)?;
+    // One that has to be switched on.
+    let calls = attach(&mut qmp, json!({"name": "sys_enter", "if": "dx==39"}))?;
+    let all = attach(&mut qmp, json!({"name": "sys_enter"}))?;
+    guest.sh("true")?;
+    // A shell asks for its pid once.
+    let pids = hits(&mut qmp, calls)?;
+    assert!((1..10).contains(&pids), "{pids}");
+    assert!(detach(&mut qmp, all)? > 20);
+    detach(&mut qmp, calls)?;
+
+    // Both in turns, while it is hit.
+    guest.sh(&format!(
+        "(while :; do /bin/true; done) & echo $! >/tmp/busy; \
+         (cd /sys/kernel/tracing/events/sched/{name}; \
+          while :; do echo 1 >enable; echo 0 >enable; sleep 0.1; done) & echo $! >>/tmp/busy"
+    ))?;
+    let mut longest = Duration::ZERO;
+    for _ in 0..rounds {
+        let begun = Instant::now();
+        let id = attach(&mut qmp, add(1))?;
+        detach(&mut qmp, id)?;
+        longest = longest.max(begun.elapsed());
+    }
+    guest.sh("kill $(cat /tmp/busy); sleep 0.5")?;
+    all_freed(&mut qmp)?;
+
+    for (arguments, word) in [
+        (json!({"name": "no_such_tracepoint"}), "BadRequest"),
+        (json!({"name": ""}), "BadRequest"),
+        (json!({}), "MissingArgument"),
+        (json!({"name": name, "site": "vfs_read"}), "UnknownArgument"),
+    ] {
+        match qmp.execute("tracepoint-attach", arguments.clone()) {
+            Err(QmpError::Refused { desc, .. }) => assert!(desc.starts_with(word), "{desc}"),
+            other => return Err(Failure::new(format!("{arguments}: {other:?}"))),
+        }
+    }
+    assert!(
+        qmp.execute("tracepoint-detach", json!({"id": 9999}))
+            .is_err()
+    );
+    assert_eq!(
+        qmp.execute("query-tracepoints", json!({}))?["tracepoints"],
+        json!([])
+    );
+    assert_eq!(guest.complaints()?, "");
+    println!("tracepoints: {rounds} times on and off beside the guest's own, {longest:?} at most");
+    Ok(())
+}
+
+#[test]
+fn callbacks_on_tracepoints_of_6_12() -> TestResult {
+    on_kvm(|| beside_the_guest("6.12", 10))
+}
+
+#[test]
+fn callbacks_on_tracepoints_of_6_1() -> TestResult {
+    on_kvm(|| beside_the_guest("6.1", 5))
+}

@@ -1,0 +1,142 @@
+//! What a probe or a callback on a tracepoint is asked to do, in requests.
+
+use std::path::PathBuf;
+
+use patcher::patch::{Callback, ProbeRequest, TracepointRequest, USUAL_PRIORITY};
+use patcher::probe::{Needs, Predicate, Register};
+use serde::Deserialize;
+
+use super::commands::{invalid, object, site};
+use crate::control::command::{DeadlineArgument, NumberArgument};
+use crate::control::protocol::{QmpError, Reason};
+
+/// What a probe does.
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize, Debug, Default)]
+#[serde(rename_all = "kebab-case")]
+enum Kinds {
+    #[default]
+    Count,
+    Histogram,
+    Record,
+    Code,
+}
+
+#[derive(Deserialize, Debug)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct Attach {
+    /// For a probe.
+    site: Option<String>,
+    /// For a tracepoint.
+    name: Option<String>,
+    /// Without it: code where there is an object, else counting.
+    callback: Option<Kinds>,
+    /// Path of a relocatable object, as this process sees it.
+    object: Option<PathBuf>,
+    entry: Option<String>,
+    #[serde(default)]
+    may_sleep: bool,
+    #[serde(default)]
+    needs_rcu: bool,
+    #[serde(default)]
+    nmi: bool,
+    #[serde(default)]
+    no_registers: bool,
+    /// For a histogram: one.
+    #[serde(default)]
+    registers: Vec<String>,
+    records: Option<u32>,
+    #[serde(rename = "if")]
+    only_if: Option<String>,
+    data: Option<NumberArgument>,
+    priority: Option<i32>,
+    #[serde(default)]
+    pub(super) deadline: DeadlineArgument,
+}
+
+impl Attach {
+    /// A probe.
+    pub(super) fn probe(self) -> Result<ProbeRequest, QmpError> {
+        let text = given("site", self.site.as_deref(), ("name", self.name.as_deref()))?;
+        Ok(ProbeRequest {
+            site: site(text)?,
+            value: self.data.unwrap_or_default().0,
+            priority: self.priority.unwrap_or(0),
+            only_if: self.only_if()?,
+            callback: self.callback()?,
+        })
+    }
+
+    /// A callback on a tracepoint.
+    pub(super) fn tracepoint(self) -> Result<TracepointRequest, QmpError> {
+        let name = given("name", self.name.as_deref(), ("site", self.site.as_deref()))?;
+        Ok(TracepointRequest {
+            name: name.to_owned(),
+            value: self.data.unwrap_or_default().0,
+            priority: self.priority.unwrap_or(USUAL_PRIORITY),
+            only_if: self.only_if()?,
+            callback: self.callback()?,
+        })
+    }
+
+    fn only_if(&self) -> Result<Option<Predicate>, QmpError> {
+        let parsed = self.only_if.as_deref().map(str::parse::<Predicate>);
+        parsed.transpose().map_err(|error| invalid("if", error))
+    }
+
+    fn callback(self) -> Result<Callback, QmpError> {
+        let usual = match self.object {
+            Some(_) => Kinds::Code,
+            None => Kinds::Count,
+        };
+        let kind = self.callback.unwrap_or(usual);
+        let needs = Needs {
+            may_sleep: self.may_sleep,
+            needs_rcu: self.needs_rcu,
+            nmi: self.nmi,
+            no_registers: self.no_registers,
+        };
+        let has_code = self.object.is_some() || self.entry.is_some() || needs != Needs::default();
+        if kind != Kinds::Code && has_code {
+            let why = "only code has an object, an entry and needs";
+            return Err(invalid("callback", why));
+        }
+        if self.records.is_some() && kind != Kinds::Record {
+            return Err(invalid("records", "only a probe that records has them"));
+        }
+        let registers = self.registers.iter().map(|name| name.parse());
+        let registers = registers.collect::<Result<Vec<Register>, _>>();
+        let registers = registers.map_err(|error| invalid("registers", error))?;
+        match (kind, self.object, registers.as_slice()) {
+            (Kinds::Count, None, []) => Ok(Callback::Count),
+            (Kinds::Histogram, None, [register]) => Ok(Callback::Histogram(*register)),
+            (Kinds::Record, None, _) => Ok(Callback::Record {
+                registers,
+                records: self.records,
+            }),
+            (Kinds::Code, Some(path), []) => Ok(Callback::Code {
+                file: object(&path)?,
+                function: self.entry,
+                needs,
+            }),
+            (Kinds::Code, None, _) => Err(invalid("object", "code is in one: give its path")),
+            (Kinds::Histogram, ..) => Err(invalid("registers", "a histogram is of one register")),
+            (Kinds::Count | Kinds::Code, ..) => Err(invalid(
+                "registers",
+                "only histograms and records have them",
+            )),
+            (Kinds::Record, Some(_), _) => Err(invalid("object", "records need none")),
+        }
+    }
+}
+
+/// One of two arguments, of which each belongs to another command.
+fn given<'a>(
+    wanted: &str,
+    value: Option<&'a str>,
+    (other, not): (&str, Option<&str>),
+) -> Result<&'a str, QmpError> {
+    if not.is_some() {
+        return Err(QmpError::new(Reason::UnknownArgument, other.to_owned()));
+    }
+    value.ok_or_else(|| QmpError::new(Reason::MissingArgument, wanted.to_owned()))
+}
