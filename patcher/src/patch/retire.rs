@@ -18,7 +18,7 @@ use crate::error::with_causes;
 use crate::grace::{Judge, Judgement, Switches};
 use crate::guest::{Gva, StoppedGuest};
 use crate::space::Located;
-use crate::tasks::{TaskAddr, TaskError, Windows, scan_of, tasks};
+use crate::tasks::{Task, TaskAddr, TaskError, Windows, scan_of, tasks};
 
 /// The retired code of one guest.
 #[derive(Debug, Default)]
@@ -258,7 +258,22 @@ impl Retirement {
         let space = located.space(memory);
         let tasks = tasks(&space, located, &know.tasks)?;
         let vcpus = guest.vcpus();
-        let scanned = scan_of(&space, located, &know.tasks, vcpus, &windows, &tasks)?;
+        // Whoever sleeps has gone to sleep by its own will, which nobody does in code that neither
+        // sleeps nor calls: its stack need not be read.
+        let nobody_sleeps = know.switches.is_some()
+            && self
+                .all
+                .iter()
+                .all(|entry| entry.since.is_some() || entry.clear);
+        let awake: Vec<_>;
+        let looked_at = if nobody_sleeps {
+            let may_be_inside = |task: &&Task| task.on_cpu || task.on_rq;
+            awake = tasks.iter().filter(may_be_inside).cloned().collect();
+            &awake
+        } else {
+            &tasks
+        };
+        let scanned = scan_of(&space, located, &know.tasks, vcpus, &windows, looked_at)?;
         if scanned.is_clear() {
             return Ok(self.all.iter().map(|_| Judgement::default()).collect());
         }

@@ -373,6 +373,17 @@ impl KernelGuest {
         Gva(self.space().read_u64(sp).unwrap())
     }
 
+    /// The same, but preempted: it is on the run queue.
+    pub(crate) fn preempted(&mut self, pid: u32, comm: &str) -> Gva {
+        let stack = self.sleeper(pid, comm);
+        let tasks = self.field("task_struct", "tasks");
+        let head = self.at("init_task").offset(tasks);
+        let first = Gva(self.space().read_u64(head).unwrap());
+        let task = Gva(first.0 - tasks);
+        self.put_u32(task.offset(self.field("task_struct", "on_rq")), 1);
+        stack
+    }
+
     fn add_vcpu(&mut self, index: u32, current: Gva) {
         let stack = current.offset(self.field("task_struct", "stack"));
         let stack = self.space().read_u64(stack).unwrap();

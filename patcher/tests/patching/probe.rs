@@ -104,7 +104,7 @@ fn every_instruction_of_a_function_is_a_site_or_refused_with_a_reason() {
 fn a_trampoline_waits_for_whoever_is_in_it() {
     for name in KERNELS {
         let mut guest = guest(name);
-        let stack = guest.sleeper(55, "asleep");
+        let stack = guest.preempted(55, "inside");
         let mut patcher = patcher(&guest);
         let earlier = patcher.gp_snapshot();
         let applied = attach(&mut patcher, &mut guest, FUNCTION).unwrap();
@@ -121,7 +121,7 @@ fn a_trampoline_waits_for_whoever_is_in_it() {
         ));
         match patcher.gp_wait(&mut guest.image, now) {
             Err(PatchError::Waiting { waiting }) => {
-                assert!(waiting[0].held_by[0].contains("asleep (pid 55)"));
+                assert!(waiting[0].held_by[0].contains("inside (pid 55)"));
             }
             other => panic!("{other:?}"),
         }
@@ -145,6 +145,19 @@ fn a_trampoline_waits_for_whoever_is_in_it() {
         assert!(patcher.gp_poll(now).unwrap());
         assert_eq!(guest.get(code.at, 4), [0xcc; 4]);
     }
+}
+
+#[test]
+fn nobody_sleeps_in_a_trampoline_that_only_counts() {
+    let mut guest = guest(KERNELS[0]);
+    let stack = guest.sleeper(55, "asleep");
+    let mut patcher = patcher(&guest);
+    let probe = attach(&mut patcher, &mut guest, FUNCTION).unwrap();
+    let code = change_of(&patcher, &probe).code.unwrap().code;
+    // An address that was left there.
+    guest.put_u64(stack.offset(0x20), code.at.0 + 2);
+    let detached = detach(&mut patcher, &mut guest, probe.id).unwrap();
+    assert_eq!(detached.reverted.collected.freed, [probe.id]);
 }
 
 #[test]
@@ -269,7 +282,7 @@ fn a_change_is_taken_back_with_all_its_probes() {
 #[test]
 fn what_an_earlier_trampoline_uses_stays_as_long_as_that() {
     let mut guest = guest(KERNELS[0]);
-    let stack = guest.sleeper(55, "asleep");
+    let stack = guest.preempted(55, "inside");
     let mut patcher = patcher(&guest);
     let first = attach(&mut patcher, &mut guest, FUNCTION).unwrap();
     let old = change_of(&patcher, &first).code.unwrap().code;
@@ -283,7 +296,7 @@ fn what_an_earlier_trampoline_uses_stays_as_long_as_that() {
     assert!(
         waiting
             .iter()
-            .all(|retired| retired.held_by[0].contains("asleep (pid 55)"))
+            .all(|retired| retired.held_by[0].contains("inside (pid 55)"))
     );
     guest.put_u64(stack.offset(0x20), 0);
     let freed = patcher.collect(&mut guest.image).unwrap().freed;

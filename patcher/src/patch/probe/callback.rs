@@ -126,9 +126,10 @@ impl Attached {
         Does::of(&self.act.action)
     }
 
-    /// It neither sleeps nor calls.
+    /// It neither sleeps nor calls. Code of somebody else's may do so even where it calls nothing: a
+    /// fault of its own is handled by code that sleeps.
     pub(in super::super) fn is_plain(&self) -> bool {
-        !matches!(self.act.action, Action::Call { nests: true, .. })
+        !matches!(self.act.action, Action::Call { .. })
     }
 }
 
