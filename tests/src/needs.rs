@@ -81,7 +81,14 @@ pub(crate) fn prepare(kernels: &[&str]) -> Result<(), Failure> {
     stillpoint()?;
     let scripts = checkout().join("guest-images");
     run(Command::new(scripts.join("fetch")).args(kernels)).map_err(Failure::new)?;
-    for name in ["version", "sleeper", "add", "nested", "dozer"] {
+    for name in [
+        "version",
+        "sleeper",
+        "add",
+        "nested",
+        "dozer",
+        "synchronize",
+    ] {
         run(Command::new(scripts.join("replacement")).arg(name)).map_err(Failure::new)?;
     }
     for kernel in kernels {

@@ -42,6 +42,7 @@ pub(super) fn files() -> Result<Files, Failure> {
         vmlinuz: kernel.join("vmlinuz"),
         first_line: first_line(&kernel)?,
         shell: needs::initramfs(KERNEL),
+        synchronize: needs::replacement("synchronize"),
     })
 }
 

@@ -2,7 +2,7 @@
 //!
 //! | part | where it runs | what it does |
 //! |---|---|---|
-//! | [`boot`], [`stop`] | the caller | what is measured, and the table and ratio that come of it |
+//! | [`boot`], [`stop`], [`grace`] | the caller | what is measured, and the table and ratio that come of it |
 //! | [`errand`] | the caller | sends a [`Plan`] to where guests can run and collects what it finds |
 //! | [`inside`] | there | carries out a plan and prints each finding as a line of JSON |
 //! | [`peer`] | there | how each VMM is started |
@@ -15,6 +15,7 @@
 
 mod boot;
 mod errand;
+mod grace;
 mod inside;
 mod memory_root;
 mod peer;
@@ -37,7 +38,7 @@ const KERNEL: &str = "6.12";
 const MEMORY: u64 = 256;
 
 /// What can be measured.
-pub const NAMES: [&str; 2] = ["boot", "stop"];
+pub const NAMES: [&str; 3] = ["boot", "stop", "grace"];
 
 /// Measures `name`, prints a table and, as the last line, the ratio. `rounds` is how many samples
 /// each VMM gives in real time.
@@ -49,9 +50,10 @@ pub fn run(name: &str, rounds: u32) -> TestResult {
     match name {
         "boot" => boot::run(rounds),
         "stop" => stop::run(rounds),
+        "grace" => grace::run(rounds),
         _ => Err(Failure::new(format!(
             "no measurement is called '{name}'; there are {}",
-            NAMES.join(" and ")
+            NAMES.join(", ")
         ))),
     }
 }
@@ -79,6 +81,8 @@ enum Work {
         rounds: u32,
         cycles: u32,
     },
+    /// Takes probes out of an idle and a busy guest, `rounds` times in each case.
+    Grace { rounds: u32 },
 }
 
 /// What is found there.
@@ -114,6 +118,16 @@ enum Finding {
         peer: Peer,
         disturbed: bool,
         us: f64,
+    },
+    /// From taking a probe out until its trampoline is free, or what the guest's kernel waits for
+    /// itself.
+    Grace {
+        /// Which of the cases.
+        case: usize,
+        ours: bool,
+        ms: f64,
+        /// How long the guest stood still for it.
+        stalled_ms: Option<f64>,
     },
     /// A sample that could not be taken.
     Failed { peer: Peer, why: String },

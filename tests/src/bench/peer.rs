@@ -31,6 +31,8 @@ pub(super) struct Files {
     pub(super) first_line: PathBuf,
     /// With a shell on the serial port.
     pub(super) shell: PathBuf,
+    /// A callback that waits for the guest's own grace periods.
+    pub(super) synchronize: PathBuf,
 }
 
 impl Files {
@@ -45,6 +47,7 @@ impl Files {
             vmlinuz: replace(&self.vmlinuz)?,
             first_line: replace(&self.first_line)?,
             shell: replace(&self.shell)?,
+            synchronize: replace(&self.synchronize)?,
         })
     }
 }

@@ -161,16 +161,16 @@ fn last_line(found: &[(String, Pair)]) -> Result<String, Failure> {
 }
 
 /// A guest with a shell on its serial port and an open control socket.
-struct Subject {
+pub(super) struct Subject {
     peer: Peer,
-    qmp: Qmp,
+    pub(super) qmp: Qmp,
     console: Text,
     shell: ChildStdin,
     _vmm: Running,
 }
 
 impl Subject {
-    fn start(peer: Peer, files: &Files, dir: &Path, cpus: u32) -> Result<Self, Failure> {
+    pub(super) fn start(peer: Peer, files: &Files, dir: &Path, cpus: u32) -> Result<Self, Failure> {
         let socket = dir.join(format!("{peer:?}.sock"));
         let _ = std::fs::remove_file(&socket);
         let guest = Guest {
@@ -200,6 +200,22 @@ impl Subject {
 
     fn sh(&mut self, line: &str) -> TestResult {
         Ok(writeln!(self.shell, "{line}")?)
+    }
+
+    /// Has a command of the guest's shell done.
+    pub(super) fn ask(&mut self, line: &str) -> TestResult {
+        let from = self.console.len();
+        // The line itself comes back as well.
+        self.sh(&format!("({line}); printf '\\n<%s>\\n' done"))?;
+        self.console.wait_for(from, "\n<done>", SOON)?;
+        Ok(())
+    }
+
+    /// Milliseconds that a command of the guest's shell takes, seen from outside.
+    pub(super) fn timed_sh(&mut self, line: &str) -> Result<f64, Failure> {
+        let begun = Instant::now();
+        self.ask(line)?;
+        Ok(begun.elapsed().as_secs_f64() * 1e3)
     }
 
     /// Milliseconds until the reply to a command.
