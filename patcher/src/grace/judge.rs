@@ -1,26 +1,11 @@
 //! Who still holds a resource up, and by what evidence the others do not.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
+use super::evidence::{Evidence, Switches, Witness, evidence};
 use crate::guest::Gva;
 use crate::stack::{OnVcpu, Reliability, Trace, Unwinder};
 use crate::tasks::{Context, Found, Hit, Scanned, Task, TaskAddr};
-
-/// Why a context that has an address of a resource will not come back to it all the same.
-///
-/// A context in which no such address is found needs none of these: it is clear by the scan.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Evidence {
-    /// Its vCPU is in user mode with this task current: its kernel stack is empty.
-    UserMode,
-    /// It has switched away by its own will since the resource was unhooked, which nobody does in
-    /// code that neither sleeps nor calls. Says nothing where spinlocks sleep (PREEMPT_RT).
-    VoluntarySwitch,
-    /// Its stack was followed to its end, and no frame is in the resource: the address is stale.
-    UnwindClear,
-}
 
 /// A context that an address was found in, and that is clear.
 #[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
@@ -59,9 +44,6 @@ pub struct Judgement {
     /// Who has a stale address in it.
     pub cleared: Vec<Clearance>,
 }
-
-/// How often tasks had switched away by their own will when their address was first found.
-pub type Switches = BTreeMap<TaskAddr, u64>;
 
 /// What is known at one stop.
 pub struct Judge<'a, 'u, 'm> {
@@ -167,25 +149,18 @@ impl<'a, 'u, 'm> Judge<'a, 'u, 'm> {
         range: &Range<Gva>,
         since: Option<&mut Switches>,
     ) -> Result<Evidence, String> {
-        let on = self.unwinder.and_then(|unwinder| unwinder.vcpu_of(task));
-        let in_user_mode =
-            |on: &OnVcpu| on.vcpu.cpl() == 3 && !on.vcpu.nested && on.current == Some(task.address);
-        if on.is_some_and(in_user_mode) {
-            return Ok(Evidence::UserMode);
-        }
-        if let (Some(since), Some(now)) = (since, (self.switches)(task.address)) {
-            if *since.entry(task.address).or_insert(now) < now {
-                return Ok(Evidence::VoluntarySwitch);
-            }
-        }
-        let unwinder = self.unwinder.ok_or(NO_UNWINDER)?;
-        clear_by(&unwinder.task(task), range)
+        let witness = TaskInRange {
+            judge: self,
+            task,
+            range,
+        };
+        evidence(task.address, &witness, since)
     }
 
     fn vcpu(&self, on: &OnVcpu, range: &Range<Gva>) -> Result<Evidence, String> {
         let unwinder = self.unwinder.ok_or(NO_UNWINDER)?;
         let current = on.current.ok_or("its current task is not known")?;
-        clear_by(&unwinder.task(self.find(current)?), range)
+        clear_by(&unwinder.task(self.find(current)?), range).map(|()| Evidence::UnwindClear)
     }
 
     fn find(&self, address: TaskAddr) -> Result<&'a Task, String> {
@@ -201,9 +176,37 @@ impl<'a, 'u, 'm> Judge<'a, 'u, 'm> {
     }
 }
 
+/// A task that has an address in a range.
+struct TaskInRange<'a, 'j, 'u, 'm> {
+    judge: &'a Judge<'j, 'u, 'm>,
+    task: &'a Task,
+    range: &'a Range<Gva>,
+}
+
+impl Witness for TaskInRange<'_, '_, '_, '_> {
+    type Doubt = String;
+
+    fn is_in_user_mode(&self) -> bool {
+        let unwinder = self.judge.unwinder;
+        let on = unwinder.and_then(|unwinder| unwinder.vcpu_of(self.task));
+        on.is_some_and(|on| {
+            on.vcpu.cpl() == 3 && !on.vcpu.nested && on.current == Some(self.task.address)
+        })
+    }
+
+    fn switches(&self) -> Option<u64> {
+        (self.judge.switches)(self.task.address)
+    }
+
+    fn unwind(&self) -> Result<(), String> {
+        let unwinder = self.judge.unwinder.ok_or(NO_UNWINDER)?;
+        clear_by(&unwinder.task(self.task), self.range)
+    }
+}
+
 const NO_UNWINDER: &str = "this kernel's stacks cannot be unwound";
 
-fn clear_by(trace: &Trace, range: &Range<Gva>) -> Result<Evidence, String> {
+fn clear_by(trace: &Trace, range: &Range<Gva>) -> Result<(), String> {
     let inside = trace
         .frames
         .iter()
@@ -211,7 +214,7 @@ fn clear_by(trace: &Trace, range: &Range<Gva>) -> Result<Evidence, String> {
     match (inside, &trace.reliability) {
         (Some(0), _) => Err("it is there now".into()),
         (Some(frame), _) => Err(format!("it returns there from {frame} frames above")),
-        (None, Reliability::Reliable(_)) => Ok(Evidence::UnwindClear),
+        (None, Reliability::Reliable(_)) => Ok(()),
         (None, Reliability::Unreliable(doubt)) => {
             Err(format!("its stack cannot be followed: {}", doubt.why))
         }

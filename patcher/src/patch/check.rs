@@ -7,6 +7,7 @@ use super::knowledge::{Function, Knowledge};
 use super::ledger::Ledger;
 use super::report::{Evidence, FtraceMark};
 use super::retire::Retirement;
+use crate::grace::interior;
 use crate::guest::{Activity, Gva, LinkAddr, StoppedGuest, Vcpu};
 use crate::space::Located;
 use crate::tasks::{Context, Found, Hit, Windows, scan};
@@ -190,8 +191,7 @@ impl Check<'_> {
         if one_instruction {
             return Ok(Evidence::SingleInstruction);
         }
-        let inside = bytes.start.offset(1)..bytes.end;
-        let windows = Windows::new(self.going_on_into(&inside).chain([inside.clone()]));
+        let windows = Windows::new(interior(bytes, self.generated()));
         let space = self.located.space(&self.guest);
         let scanned = scan(
             &space,
@@ -209,17 +209,14 @@ impl Check<'_> {
         })
     }
 
-    /// Code of ours, retired code too, that goes on inside `bytes` by itself: whoever is there will
-    /// be in the bytes, and no stack tells so.
-    fn going_on_into<'s>(&'s self, bytes: &'s Range<Gva>) -> impl Iterator<Item = Range<Gva>> + 's {
+    /// Code of ours, retired code too, and where it goes on by itself.
+    fn generated(&self) -> impl Iterator<Item = (Range<Gva>, &[Gva])> {
         let applied = self.ledger.applied().filter_map(|entry| {
             let placed = entry.code.as_ref()?;
             Some((placed.code, placed.goes_on.as_slice()))
         });
-        applied
-            .chain(self.retired.going_on())
-            .filter(|(_, goes_on)| goes_on.iter().any(|at| bytes.contains(at)))
-            .map(|(code, _)| code.range())
+        let all = applied.chain(self.retired.going_on());
+        all.map(|(code, goes_on)| (code.range(), goes_on))
     }
 }
 

@@ -15,7 +15,7 @@ use super::report::{Collected, PlacedCode, Retired};
 use super::stacks::unwinder;
 use crate::arena::{Arena, ArenaError, Slot};
 use crate::error::with_causes;
-use crate::grace::{Judge, Judgement, Switches};
+use crate::grace::{Holdout, Judge, Judgement, Queue, Switches};
 use crate::guest::{Gva, StoppedGuest};
 use crate::space::Located;
 use crate::tasks::{Task, TaskAddr, TaskError, Windows, scan_of, tasks};
@@ -23,9 +23,8 @@ use crate::tasks::{Task, TaskAddr, TaskError, Windows, scan_of, tasks};
 /// The retired code of one guest.
 #[derive(Debug, Default)]
 pub(super) struct Retirement {
-    /// The number that was given last. Never given twice.
-    last: u64,
-    all: Vec<Entry>,
+    /// Trampolines of one site are one line.
+    all: Queue<Entry>,
 }
 
 /// Code that was unhooked in this stop.
@@ -97,14 +96,9 @@ impl Leaving {
 
 #[derive(Debug)]
 struct Entry {
-    number: u64,
     report: Retired,
     /// What was placed there, to find it again when the same is placed once more.
     content: Content,
-    /// Where it was hooked, when other trampolines may have used what goes with it.
-    site: Option<Gva>,
-    /// Nobody is in it any more, though it is kept.
-    clear: bool,
     /// What is known of voluntary switches; `None` for code that may sleep or call.
     since: Option<Switches>,
 }
@@ -119,15 +113,12 @@ pub(super) struct Content {
 impl Retirement {
     /// Takes over what nothing jumps to any more.
     pub(super) fn add(&mut self, leaving: Leaving) {
-        self.last += 1;
-        self.all.push(Entry {
-            number: self.last,
+        let entry = Entry {
             report: leaving.report,
             content: leaving.content,
-            site: leaving.site,
-            clear: false,
             since: (!leaving.sleeps).then(Switches::new),
-        });
+        };
+        self.all.add(entry, leaving.site);
         // It comes after what called it, and outlives that.
         for kept in leaving.kept {
             self.add(kept);
@@ -136,18 +127,17 @@ impl Retirement {
 
     /// The number of what was unhooked last.
     pub(super) fn last(&self) -> u64 {
-        self.last
+        self.all.last()
     }
 
     /// Nobody is in anything any more that was unhooked up to `number`.
     pub(super) fn has_passed(&self, number: u64) -> bool {
-        self.pending(number).next().is_none()
+        self.all.has_passed(number)
     }
 
     /// What somebody may still be in, up to `number`.
     pub(super) fn pending(&self, number: u64) -> impl Iterator<Item = &Retired> {
-        let upto = self.all.iter().filter(move |entry| entry.number <= number);
-        upto.filter(|entry| !entry.clear).map(|entry| &entry.report)
+        self.all.pending(number).map(|entry| &entry.report)
     }
 
     pub(super) fn report(&self) -> Vec<Retired> {
@@ -160,16 +150,13 @@ impl Retirement {
 
     /// Where retired code is, and where it goes on in the guest's own text.
     pub(super) fn going_on(&self) -> impl Iterator<Item = (Slot, &[Gva])> {
-        self.all
-            .iter()
-            .map(|entry| (entry.report.code, entry.report.goes_on.as_slice()))
+        let all = self.all.iter().map(|entry| &entry.report);
+        all.map(|report| (report.code, report.goes_on.as_slice()))
     }
 
     /// A look at the guest may change something.
     pub(super) fn can_shrink(&self) -> bool {
-        self.all
-            .iter()
-            .any(|entry| !entry.clear || entry.report.keep.is_none())
+        !self.has_passed(u64::MAX) || self.all.iter().any(|entry| entry.report.keep.is_none())
     }
 
     pub(super) fn clear(&mut self) {
@@ -183,13 +170,12 @@ impl Retirement {
         code: &Code,
         linked_at: impl Fn(Slot) -> Option<Vec<u8>>,
     ) -> Option<(Slot, Content)> {
-        let index = self.all.iter().position(|entry| {
+        let entry = self.all.take(|entry| {
             entry.report.data.is_empty()
                 && entry.report.callbacks.is_empty()
                 && entry.content.code == *code
                 && linked_at(entry.report.code).as_ref() == Some(&entry.content.linked)
         })?;
-        let entry = self.all.swap_remove(index);
         Some((entry.report.code, entry.content))
     }
 
@@ -201,49 +187,51 @@ impl Retirement {
         know: &Knowledge,
         arena: &mut Arena,
     ) -> Collected {
-        if !self.can_shrink() {
-            return Collected {
-                retired: self.report(),
-                ..Collected::default()
-            };
-        }
-        let judgements = match self.judge(guest, located, know) {
-            Ok(judgements) => judgements,
-            Err(error) => {
-                return Collected {
-                    retired: self.report(),
-                    undecided: Some(with_causes(&error)),
-                    ..Collected::default()
-                };
-            }
-        };
         let mut collected = Collected::default();
-        let mut kept: Vec<Entry> = Vec::new();
-        for (mut entry, mut judgement) in std::mem::take(&mut self.all).into_iter().zip(judgements)
-        {
-            // Whoever is in an earlier trampoline of the site may use what goes with this one.
-            let same = |other: &&Entry| entry.site.is_some() && other.site == entry.site;
-            let earlier = kept.iter().filter(same);
-            let held = earlier.flat_map(|earlier| earlier.report.holdouts.iter().cloned());
-            judgement.holdouts.extend(held);
-            collected.cleared.extend(judgement.cleared);
-            entry.clear = judgement.holdouts.is_empty();
-            entry.report.held_by = judgement.holdouts.iter().map(ToString::to_string).collect();
-            entry.report.holdouts = judgement.holdouts;
-            if entry.clear && entry.report.keep.is_none() {
-                match free(guest, arena, &mut entry.report) {
-                    Ok(()) => {
-                        collected.freed.push(entry.report.id);
-                        continue;
-                    }
-                    Err(error) => entry.report.stuck = Some(with_causes(&error)),
-                }
+        if self.can_shrink() {
+            match self.judge(guest, located, know) {
+                Ok(judgements) => self.settle(guest, arena, judgements, &mut collected),
+                Err(error) => collected.undecided = Some(with_causes(&error)),
             }
-            kept.push(entry);
         }
-        self.all = kept;
         collected.retired = self.report();
         collected
+    }
+
+    fn settle(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        arena: &mut Arena,
+        judgements: Vec<Judgement>,
+        collected: &mut Collected,
+    ) {
+        let Collected { freed, cleared, .. } = collected;
+        let found = judgements.into_iter().map(|judgement| {
+            cleared.extend(judgement.cleared);
+            judgement.holdouts
+        });
+        let tell = |entry: &mut Entry, holdouts: Vec<Holdout>| {
+            entry.report.held_by = holdouts.iter().map(ToString::to_string).collect();
+            entry.report.holdouts = holdouts;
+        };
+        let free = |entry: &mut Entry| {
+            if entry.report.keep.is_some() {
+                return false;
+            }
+            let done = free(guest, arena, &mut entry.report);
+            match &done {
+                Ok(()) => freed.push(entry.report.id),
+                Err(error) => entry.report.stuck = Some(with_causes(error)),
+            }
+            done.is_ok()
+        };
+        self.all.settle(found, tell, free);
+    }
+
+    /// No task sleeps in any of it, nor in what it calls.
+    fn nobody_sleeps(&self) -> bool {
+        let mut pending = self.all.pending(u64::MAX);
+        pending.all(|entry| entry.since.is_some())
     }
 
     fn judge(
@@ -260,11 +248,7 @@ impl Retirement {
         let vcpus = guest.vcpus();
         // Whoever sleeps has gone to sleep by its own will, which nobody does in code that neither
         // sleeps nor calls: its stack need not be read.
-        let nobody_sleeps = know.switches.is_some()
-            && self
-                .all
-                .iter()
-                .all(|entry| entry.since.is_some() || entry.clear);
+        let nobody_sleeps = know.switches.is_some() && self.nobody_sleeps();
         let awake: Vec<_>;
         let looked_at = if nobody_sleeps {
             let may_be_inside = |task: &&Task| task.on_cpu || task.on_rq;

@@ -10,6 +10,7 @@ mod asm;
 mod callback;
 mod displace;
 mod errand;
+mod order;
 mod trampoline;
 
 pub(crate) use asm::PerCpu;
@@ -17,6 +18,7 @@ pub use callback::{Comparison, Needs, Predicate, PredicateError, Register, Unkno
 pub use displace::DisplaceError;
 pub(crate) use displace::{Displaced, displace};
 pub(crate) use errand::{Call, Errand, errand_data, return_now};
+pub use order::index;
 pub(crate) use trampoline::{
     Act, Action, BUCKETS, Plan, RECORD, RECORDED, UNFINISHED, Variables, data, trampoline,
 };

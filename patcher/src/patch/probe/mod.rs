@@ -105,8 +105,8 @@ impl ProbeSite {
 
     /// Where one with `priority` comes.
     fn index(&self, priority: i32) -> usize {
-        let before = |probe: &&Attached| probe.priority >= priority;
-        self.attached.iter().take_while(before).count()
+        let others = self.attached.iter().map(|probe| probe.priority);
+        crate::probe::index(priority, others)
     }
 
     /// Nobody sleeps in its trampoline, and nothing is called from there.
