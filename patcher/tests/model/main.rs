@@ -6,8 +6,8 @@
 //! the site; idle tasks; tasks that have left the task list; a vCPU that the host does not run;
 //! clients that attach and detach probes of different priority and wait for cookies, each stop one
 //! step; memory for code and data that is used again as soon as it is freed. Apart from that, a
-//! tracepoint of the guest, whose array, static call and key the guest changes in its own order and
-//! the host in one stop ([`tracepoint`]).
+//! tracepoint of the guest, whose array, static call and key the guest changes in its own order, for
+//! itself or because we ask it to, and the host in one stop, as the design has it ([`tracepoint`]).
 //!
 //! Not modelled: how contexts are found and read (that is tested on images and in guests), bytes
 //! (an instruction is one step, a jump is written at once, as no vCPU runs meanwhile), interrupts on
@@ -232,7 +232,8 @@ fn only_freed_memory_is_used_again() {
 
 #[test]
 fn nothing_goes_wrong_with_a_tracepoint() {
-    for model in [Tracepoint::together(), Tracepoint::alone()] {
+    use Tracepoint as T;
+    for model in [T::by_the_guest(), T::together(), T::alone()] {
         all_is_well(model.name, explore(model));
     }
 }
@@ -272,6 +273,16 @@ fn arrays_are_freed_when_nobody_reads_them() {
         ..Tracepoint::alone()
     };
     all_is_well(name, explore(model));
+}
+
+/// What the guest's own kernel must do when it is asked to add and remove callbacks.
+#[test]
+fn the_guest_waits_for_its_readers() {
+    tracepoint_without(
+        &[Rule::GuestWaits],
+        Tracepoint::by_the_guest(),
+        tracepoint::Fault::OthersData,
+    );
 }
 
 #[test]

@@ -38,6 +38,9 @@ pub(crate) enum Rule {
     WindowAlways,
     /// An array is freed when nobody is there any more who was there when it was replaced (6).
     ArrayGrace,
+    /// The guest waits for its readers where it comes to one callback, from more or again from none
+    /// (6).
+    GuestWaits,
     /// While the guest changes its tracepoints, we do not (4, rule 5).
     GuestLocks,
     /// An array that the guest may free is from the guest's allocator (6).

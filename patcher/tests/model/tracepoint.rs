@@ -157,6 +157,25 @@ impl Tracepoint {
         }
     }
 
+    /// The guest changes it by itself, for us as well.
+    pub(crate) fn by_the_guest() -> Self {
+        let (f, g, h) = (func('f'), func('g'), func('h'));
+        Self {
+            name: "tracepoint, by the guest",
+            rules: Rules::ALL,
+            laps: 2,
+            by_guest: vec![
+                Ask::Add(f),
+                Ask::Remove(f),
+                Ask::Add(h),
+                Ask::Add(g),
+                Ask::Remove(h),
+                Ask::Remove(g),
+            ],
+            by_host: Vec::new(),
+        }
+    }
+
     fn is_over(&self, state: &State) -> bool {
         let mut callers = state.callers.iter().zip(&state.laps);
         callers.all(|(caller, laps)| *caller == Caller::Outside && (*laps == 0 || !state.key))
@@ -264,7 +283,7 @@ impl State {
     }
 
     /// One step of the guest's own changes.
-    fn guest(&mut self, asks: &[Ask]) -> Option<Result<(), Fault>> {
+    fn guest(&mut self, asks: &[Ask], rules: Rules) -> Option<Result<(), Fault>> {
         let Some(change) = &self.change else {
             let ask = *asks.get(self.by_guest)?;
             let old = self.funcs_of(self.funcs);
@@ -293,6 +312,7 @@ impl State {
         };
         let Change { steps, old, new } = change.clone();
         let (step, rest) = steps.split_first()?;
+        let waits = rules.has(Rule::GuestWaits);
         match step {
             Micro::Key(on) => self.key = *on,
             Micro::Call => self.direct = only(&self.funcs_of(new)),
@@ -304,8 +324,8 @@ impl State {
                 }
             }
             Micro::Note101 => self.owed_101 = self.in_window(),
-            Micro::Wait101 if !self.owed_101.is_empty() => return None,
-            Micro::Wait21 if !self.owed_21.is_empty() => return None,
+            Micro::Wait101 if waits && !self.owed_101.is_empty() => return None,
+            Micro::Wait21 if waits && !self.owed_21.is_empty() => return None,
             Micro::Wait101 | Micro::Wait21 => {}
             Micro::FreeOld => {
                 let owed = self.in_window();
@@ -418,7 +438,7 @@ impl Model for Tracepoint {
         let mut state = last.clone();
         let done = match action {
             Action::Caller(index) => state.caller(index),
-            Action::Guest => state.guest(&self.by_guest)?,
+            Action::Guest => state.guest(&self.by_guest, self.rules)?,
             Action::Host => state.host(&self.by_host, self.rules)?,
             Action::Free(index) => state.free(index)?,
         };
