@@ -88,6 +88,7 @@ pub(crate) fn prepare(kernels: &[&str]) -> Result<(), Failure> {
         "nested",
         "dozer",
         "synchronize",
+        "spinner",
     ] {
         run(Command::new(scripts.join("replacement")).arg(name)).map_err(Failure::new)?;
     }

@@ -129,7 +129,7 @@ fn passed(qmp: &mut Qmp, cookie: &Value) -> Result<bool, Failure> {
 /// A task that sleeps in code that was taken out holds its grace period up, by name, until it
 /// leaves.
 #[test]
-fn a_sleeper_holds_a_grace_period_up() -> TestResult {
+fn cookies_of_a_grace_period_that_a_sleeper_holds_up() -> TestResult {
     on_kvm(|| {
         let guest = Guest::boot("6.12").cpus(2).start()?;
         let mut qmp = guest.control()?;
@@ -421,11 +421,11 @@ fn hits_of(qmp: &mut Qmp, id: u64) -> Result<i64, Failure> {
 }
 
 #[test]
-fn callbacks_on_6_12() -> TestResult {
+fn sleeping_callback_and_others_on_6_12() -> TestResult {
     on_kvm(|| callbacks("6.12"))
 }
 
 #[test]
-fn callbacks_on_6_1() -> TestResult {
+fn sleeping_callback_and_others_on_6_1() -> TestResult {
     on_kvm(|| callbacks("6.1"))
 }

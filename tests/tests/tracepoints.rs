@@ -161,11 +161,11 @@ fn beside_the_guest(kernel: &str, rounds: u32) -> TestResult {
 }
 
 #[test]
-fn callbacks_on_tracepoints_of_6_12() -> TestResult {
+fn tracepoint_transitions_on_6_12() -> TestResult {
     on_kvm(|| beside_the_guest("6.12", 10))
 }
 
 #[test]
-fn callbacks_on_tracepoints_of_6_1() -> TestResult {
+fn tracepoint_transitions_on_6_1() -> TestResult {
     on_kvm(|| beside_the_guest("6.1", 5))
 }

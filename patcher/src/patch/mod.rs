@@ -31,8 +31,8 @@ pub use grace::Cookie;
 pub use inspect::{Compared, TextCopy};
 pub use patcher::Patcher;
 pub use probe::{
-    Callback, Detached, Does, Histogram, NewProbe, PreparedProbe, ProbeInfo, ProbeRequest,
-    Recorded, Records,
+    AllDetached, Callback, Detached, Does, Histogram, NewProbe, PreparedProbe, ProbeInfo,
+    ProbeRequest, Recorded, Records,
 };
 pub use redirect::{NewCode, PreparedRedirect, RedirectRequest};
 pub use report::{

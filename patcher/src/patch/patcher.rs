@@ -10,12 +10,12 @@ use super::ledger::Ledger;
 use super::probe::ProbeSites;
 use super::redirect::{PreparedRedirect, RedirectRequest};
 use super::report::{
-    Applied, Bytes, Collected, Forgotten, KernelReport, Kind, Listing, Origin, Reverted,
+    Applied, Bytes, Collected, Evidence, Forgotten, KernelReport, Kind, Listing, Origin, Reverted,
 };
 use super::retire::{Content, Leaving, Retirement};
 use super::text_patch::{PreparedText, TextRequest};
 use super::tracepoint::Tracepoints;
-use super::writing::{change, is_there, still_ours, unmark};
+use super::writing::{change, is_there, may_go, unmark};
 use super::{EntryId, PatchError};
 use crate::Kernel;
 use crate::arena::Arena;
@@ -24,7 +24,7 @@ use crate::guest::StoppedGuest;
 use crate::space::{Bounds, LayoutError, LocateError, Located};
 use crate::symbols::{Loaded, Module};
 use crate::tasks::{Survey, Task, survey, tasks};
-use crate::text::{NOP5, whole};
+use crate::text::NOP5;
 
 /// The changes to one guest's kernel.
 ///
@@ -245,34 +245,37 @@ impl Patcher {
         id: EntryId,
         origin: &Origin,
     ) -> Result<Reverted, PatchError> {
-        self.revert_for(guest, id, id, origin)
+        let found = self.identify(guest)?;
+        let (entry, evidence) = self.unhook(guest, &found, id, id, origin)?;
+        Ok(Reverted {
+            entry,
+            evidence,
+            origin: origin.clone(),
+            collected: self.collect_in(guest, &found),
+        })
     }
 
-    /// The same, where the code is then told of by the number `told`.
-    pub(super) fn revert_for(
+    /// Takes a change back, whose code is then told of by the number `told`.
+    pub(super) fn unhook(
         &mut self,
         guest: &mut dyn StoppedGuest,
+        found: &Located,
         id: EntryId,
         told: EntryId,
         origin: &Origin,
-    ) -> Result<Reverted, PatchError> {
-        let found = self.identify(guest)?;
+    ) -> Result<(Applied, Evidence), PatchError> {
         let entry = self
             .ledger
             .get(id)
             .ok_or(PatchError::NoSuchEntry { id })?
             .clone();
         let evidence = {
-            let check = self.check(&found, guest);
+            let check = self.check(found, guest);
             check.idle()?;
-            still_ours(&check, &entry)?;
-            let end = entry.address.offset(entry.after.0.len() as u64);
-            check.no_kprobe(&(entry.address..end))?;
-            let one = whole(entry.address, &entry.after.0).is_ok_and(|all| all.len() == 1);
-            check.nobody_inside(&(entry.address..end), one)?
+            may_go(&check, &entry)?
         };
         let root = found.root;
-        let unmark = unmark(&self.know, guest, &found, entry.ftrace);
+        let unmark = unmark(&self.know, guest, found, entry.ftrace);
         change(guest, root, unmark, entry.address, &entry.before.0)?;
         self.ledger.revert(id, origin.clone());
         if let Some(content) = self.contents.remove(&id) {
@@ -282,12 +285,7 @@ impl Patcher {
                 self.retired.add(leaving);
             }
         }
-        Ok(Reverted {
-            entry,
-            evidence,
-            origin: origin.clone(),
-            collected: self.collect_in(guest, &found),
-        })
+        Ok((entry, evidence))
     }
 
     /// Frees retired code that nobody is in any more.

@@ -3,10 +3,10 @@
 use super::PatchError;
 use super::check::Check;
 use super::knowledge::Knowledge;
-use super::report::{Applied, FtraceMark};
+use super::report::{Applied, Evidence, FtraceMark};
 use crate::guest::{Gva, StoppedGuest};
 use crate::space::{Located, Root, Space};
-use crate::text::{NOP5, write};
+use crate::text::{NOP5, whole, write};
 
 /// The bytes of a change are still those that we wrote.
 pub(super) fn still_ours(check: &Check<'_>, entry: &Applied) -> Result<(), PatchError> {
@@ -30,6 +30,15 @@ pub(super) fn still_ours(check: &Check<'_>, entry: &Applied) -> Result<(), Patch
             found,
         }),
     }
+}
+
+/// The bytes of a change may be what they were before, by what is known of the guest.
+pub(super) fn may_go(check: &Check<'_>, entry: &Applied) -> Result<Evidence, PatchError> {
+    still_ours(check, entry)?;
+    let end = entry.address.offset(entry.after.0.len() as u64);
+    check.no_kprobe(&(entry.address..end))?;
+    let one = whole(entry.address, &entry.after.0).is_ok_and(|all| all.len() == 1);
+    check.nobody_inside(&(entry.address..end), one)
 }
 
 /// Whether the bytes of a change are in the guest.

@@ -298,8 +298,9 @@ pub enum ProbeCommand {
     ///
     /// Without more, it is counted.
     Attach {
-        /// `symbol`, `symbol+0x12`, `symbol@2+0x12` or an address
-        site: Site,
+        /// `symbol`, `symbol+0x12`, `symbol@2+0x12` or an address; several are one change
+        #[arg(required = true)]
+        sites: Vec<Site>,
         /// What it does
         #[command(flatten)]
         callback: CallbackOptions,
@@ -309,8 +310,9 @@ pub enum ProbeCommand {
     },
     /// Take a probe out; its trampoline is freed when nobody is in it any more
     Detach {
-        /// The number that `probe attach` or `probe list` printed
-        id: u64,
+        /// The number that `probe attach` or `probe list` printed; several are one change
+        #[arg(required = true)]
+        ids: Vec<u64>,
         /// How long to try, such as 500ms or 5s
         #[arg(long, value_name = "TIME")]
         deadline: Option<Deadline>,

@@ -10,6 +10,9 @@ use super::commands::{invalid, object, site};
 use crate::control::command::{DeadlineArgument, NumberArgument};
 use crate::control::protocol::{QmpError, Reason};
 
+/// Most probes that one request attaches.
+const MOST_SITES: usize = 4096;
+
 /// What a probe does.
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize, Debug, Default)]
 #[serde(rename_all = "kebab-case")]
@@ -26,6 +29,8 @@ enum Kinds {
 pub(super) struct Attach {
     /// For a probe.
     site: Option<String>,
+    /// For several, in one stop.
+    sites: Option<Vec<String>>,
     /// For a tracepoint.
     name: Option<String>,
     /// Without it: code where there is an object, else counting.
@@ -54,21 +59,48 @@ pub(super) struct Attach {
 }
 
 impl Attach {
-    /// A probe.
-    pub(super) fn probe(self) -> Result<ProbeRequest, QmpError> {
-        let text = given("site", self.site.as_deref(), ("name", self.name.as_deref()))?;
-        Ok(ProbeRequest {
-            site: site(text)?,
-            value: self.data.unwrap_or_default().0,
-            priority: self.priority.unwrap_or(0),
-            only_if: self.only_if()?,
-            callback: self.callback()?,
-        })
+    /// Whether it is about several probes.
+    pub(super) fn is_many(&self) -> bool {
+        self.sites.is_some()
+    }
+
+    /// The probes.
+    pub(super) fn probes(mut self) -> Result<Vec<ProbeRequest>, QmpError> {
+        let sites = match self.sites.take() {
+            Some(_) if self.site.is_some() => {
+                return Err(invalid("sites", "give either a site or several"));
+            }
+            Some(sites) if sites.is_empty() || sites.len() > MOST_SITES => {
+                let why = format_args!("{} of them; 1 to {MOST_SITES} make sense", sites.len());
+                return Err(invalid("sites", why));
+            }
+            Some(sites) => sites,
+            None => {
+                let name = ("name", self.name.as_deref());
+                vec![given("site", self.site.as_deref(), name)?.to_owned()]
+            }
+        };
+        let sites = sites.iter().map(|text| site(text));
+        let sites = sites.collect::<Result<Vec<_>, _>>()?;
+        let value = self.data.unwrap_or_default().0;
+        let priority = self.priority.unwrap_or(0);
+        let only_if = self.only_if()?;
+        let callback = self.callback()?;
+        let all = sites.into_iter().map(|site| ProbeRequest {
+            site,
+            value,
+            priority,
+            only_if,
+            callback: callback.clone(),
+        });
+        Ok(all.collect())
     }
 
     /// A callback on a tracepoint.
     pub(super) fn tracepoint(self) -> Result<TracepointRequest, QmpError> {
-        let name = given("name", self.name.as_deref(), ("site", self.site.as_deref()))?;
+        let site = self.sites.as_ref().and_then(|sites| sites.first());
+        let site = self.site.as_ref().or(site).map(String::as_str);
+        let name = given("name", self.name.as_deref(), ("site", site))?;
         Ok(TracepointRequest {
             name: name.to_owned(),
             value: self.data.unwrap_or_default().0,

@@ -2,13 +2,14 @@
 //! `query-trampolines`.
 
 use patcher::guest::Gva;
-use patcher::patch::{Applied, EntryId, Kind, Retired};
+use patcher::patch::{AllDetached, Applied, Collected, Detached, EntryId, Kind, NewProbe, Retired};
 use serde::{Deserialize, Serialize};
 
 use super::callback::Attach;
-use super::commands::origin;
+use super::commands::{invalid, origin};
 use super::session::Patching;
 use crate::control::command::{DeadlineArgument, NoArguments, NumberArgument, Registry};
+use crate::control::protocol::{QmpError, Reason};
 
 #[derive(Deserialize, Debug)]
 #[serde(deny_unknown_fields)]
@@ -27,9 +28,36 @@ struct QueryRecords {
 #[derive(Deserialize, Debug)]
 #[serde(deny_unknown_fields)]
 struct ProbeDetach {
-    id: u64,
+    id: Option<u64>,
+    /// Several, in one stop.
+    ids: Option<Vec<u64>>,
     #[serde(default)]
     deadline: DeadlineArgument,
+}
+
+/// The answer to `probe-attach`.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Attached {
+    One(Box<NewProbe>),
+    Many { probes: Vec<NewProbe> },
+}
+
+/// The answer to `probe-detach`.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Gone {
+    One(Box<Detached>),
+    Many(AllDetached),
+}
+
+impl Gone {
+    fn collected(&self) -> &Collected {
+        match self {
+            Self::One(detached) => &detached.reverted.collected,
+            Self::Many(all) => &all.collected,
+        }
+    }
 }
 
 /// Code of ours in the guest, and what it waits for.
@@ -113,22 +141,46 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
     let p = patching.clone();
     registry.slow("probe-attach", move |context, arguments: Attach| {
         let within = arguments.deadline.or_usual();
-        let request = arguments.probe()?;
-        let prepared = p.with(|patcher| patcher.prepare_probe(request))?;
+        let many = arguments.is_many();
+        let requests = arguments.probes()?;
+        let prepare = |request| p.with(|patcher| patcher.prepare_probe(request));
+        let prepared: Vec<_> = requests
+            .into_iter()
+            .map(prepare)
+            .collect::<Result<_, _>>()?;
         p.get_arena_ready();
         let origin = origin(context);
-        p.stopped(context, "probe-attach", within, |patcher, guest| {
-            patcher.attach_probe(guest, &prepared, &origin)
-        })
+        let attached = p.stopped(context, "probe-attach", within, |patcher, guest| {
+            patcher.attach_probes(guest, &prepared, &origin)
+        })?;
+        Ok(attached.map(|mut probes| match (probes.pop(), many) {
+            (Some(probe), false) => Attached::One(Box::new(probe)),
+            (last, _) => {
+                probes.extend(last);
+                Attached::Many { probes }
+            }
+        }))
     });
     let p = patching.clone();
     registry.slow("probe-detach", move |context, arguments: ProbeDetach| {
         let origin = origin(context);
         let within = arguments.deadline.or_usual();
+        let ids: Vec<_> = match (arguments.id, arguments.ids) {
+            (Some(id), None) => vec![EntryId(id)],
+            (None, Some(ids)) => ids.into_iter().map(EntryId).collect(),
+            (Some(_), Some(_)) => return Err(invalid("ids", "give either one id or several")),
+            (None, None) => return Err(QmpError::new(Reason::MissingArgument, "id".to_owned())),
+        };
         let detached = p.stopped(context, "probe-detach", within, |patcher, guest| {
-            patcher.detach_probe(guest, EntryId(arguments.id), &origin)
+            match (arguments.id, ids.as_slice()) {
+                (Some(_), [id]) => {
+                    let detached = patcher.detach_probe(guest, *id, &origin)?;
+                    Ok(Gone::One(Box::new(detached)))
+                }
+                (_, ids) => Ok(Gone::Many(patcher.detach_probes(guest, ids, &origin)?)),
+            }
         })?;
-        p.retired(&detached.answer().reverted.collected);
+        p.retired(detached.answer().collected());
         Ok(detached)
     });
     let p = patching.clone();

@@ -15,7 +15,7 @@ use super::knowledge::Knowledge;
 use super::placing::{NewPlace, Placing, give_back};
 use super::report::{Applied, Bytes, Evidence, Kind, Origin, PlacedCode, Reverted};
 use super::retire::{Content, Leaving};
-use super::writing::{change, jump, still_ours};
+use super::writing::{change, jump, may_go, still_ours};
 use super::{EntryId, PatchError, Patcher};
 use crate::guest::{Gva, LinkAddr, StoppedGuest};
 use crate::probe::{Act, Displaced, Plan, Predicate, Variables, trampoline};
@@ -24,7 +24,7 @@ use crate::symbols::Site;
 pub(super) use callback::{Attached, Prepared, Ready, Wanted, variables};
 pub use callback::{Callback, Does};
 pub(super) use report::hexadecimal;
-pub use report::{Detached, Histogram, NewProbe, ProbeInfo, Recorded, Records};
+pub use report::{AllDetached, Detached, Histogram, NewProbe, ProbeInfo, Recorded, Records};
 use site::{allowed, nothing_leads_inside, place};
 
 /// Where to put a probe, and what it does.
@@ -78,6 +78,13 @@ pub(super) struct ProbeSite {
     entry: bool,
     variables: Option<Variables>,
     attached: Vec<Attached>,
+}
+
+/// A probe that was taken out, and the change that it was in.
+struct Gone {
+    probe: ProbeInfo,
+    entry: Applied,
+    evidence: Evidence,
 }
 
 /// The sites with probes, by the number of their change.
@@ -255,6 +262,31 @@ impl Patcher {
         }
     }
 
+    /// Attaches several probes in one stop: all or none.
+    ///
+    /// # Errors
+    /// Those of [`Patcher::attach_probe`], of the first that cannot be attached.
+    pub fn attach_probes(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        prepared: &[PreparedProbe],
+        origin: &Origin,
+    ) -> Result<Vec<NewProbe>, PatchError> {
+        let mut new: Vec<NewProbe> = Vec::with_capacity(prepared.len());
+        for probe in prepared {
+            match self.attach_probe(guest, probe, origin) {
+                Ok(attached) => new.push(attached),
+                Err(error) => {
+                    let ids: Vec<_> = new.iter().rev().map(|new| new.probe.id).collect();
+                    // Nothing has run since they were attached.
+                    self.detach_probes(guest, &ids, origin)?;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(new)
+    }
+
     /// Detaches a probe, and frees retired code that nobody is in.
     ///
     /// # Errors
@@ -266,27 +298,82 @@ impl Patcher {
         origin: &Origin,
     ) -> Result<Detached, PatchError> {
         let found = self.identify(guest)?;
+        self.check(&found, guest).idle()?;
+        let gone = self.take_out(guest, &found, id, origin)?;
+        Ok(Detached {
+            probe: gone.probe,
+            reverted: Reverted {
+                entry: gone.entry,
+                evidence: gone.evidence,
+                origin: origin.clone(),
+                collected: self.collect_in(guest, &found),
+            },
+        })
+    }
+
+    /// Detaches several probes in one stop, all or none, and frees retired code that nobody is in: one
+    /// look serves all of them.
+    ///
+    /// # Errors
+    /// Those of [`Patcher::detach_probe`], of the first that cannot be detached.
+    pub fn detach_probes(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        ids: &[EntryId],
+        origin: &Origin,
+    ) -> Result<AllDetached, PatchError> {
+        let found = self.identify(guest)?;
+        {
+            let check = self.check(&found, guest);
+            check.idle()?;
+            for &id in ids {
+                let (change, _) = self.probe_at(id)?;
+                let entry = self.ledger.get(change);
+                may_go(&check, entry.ok_or(PatchError::NoSuchProbe { id })?)?;
+            }
+        }
+        let mut probes = Vec::with_capacity(ids.len());
+        for &id in ids {
+            probes.push(self.take_out(guest, &found, id, origin)?.probe);
+        }
+        Ok(AllDetached {
+            probes,
+            collected: self.collect_in(guest, &found),
+        })
+    }
+
+    /// The change that a probe is in, and which of its site's probes it is.
+    fn probe_at(&self, id: EntryId) -> Result<(EntryId, usize), PatchError> {
         let of = |site: &ProbeSite| site.attached.iter().position(|probe| probe.id == id);
         let mut sites = self.sites.iter();
-        let (change, index) = sites
+        sites
             .find_map(|(change, site)| Some((*change, of(site)?)))
-            .ok_or(PatchError::NoSuchProbe { id })?;
+            .ok_or(PatchError::NoSuchProbe { id })
+    }
+
+    /// Detaches a probe. What it leaves behind is retired.
+    fn take_out(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        found: &Located,
+        id: EntryId,
+        origin: &Origin,
+    ) -> Result<Gone, PatchError> {
+        let (change, index) = self.probe_at(id)?;
         let probe = self.probe_info(&&*guest, change, id)?;
         let site = self.site(change)?;
         if site.attached.len() == 1 {
-            return Ok(Detached {
+            let (entry, evidence) = self.unhook(guest, found, change, id, origin)?;
+            return Ok(Gone {
                 probe,
-                reverted: self.revert_for(guest, change, id, origin)?,
+                entry,
+                evidence,
             });
         }
         let (at, plain) = (site.at, site.is_plain());
         let mut acts = site.acts();
         acts.remove(index);
-        {
-            let check = self.check(&found, guest);
-            check.idle()?;
-        }
-        let (old, content) = self.rehook(guest, &found, change, &acts)?;
+        let (old, content) = self.rehook(guest, found, change, &acts)?;
         let mut leaving = Leaving::new(id, &old, content, origin.at_ms)
             .sleeps(!plain)
             .of_site(at);
@@ -295,15 +382,10 @@ impl Patcher {
         }
         self.retired.add(leaving);
         let entry = self.ledger.get(change);
-        let entry = entry.ok_or(PatchError::NoSuchProbe { id })?.clone();
-        Ok(Detached {
+        Ok(Gone {
             probe,
-            reverted: Reverted {
-                entry,
-                evidence: Evidence::SingleInstruction,
-                origin: origin.clone(),
-                collected: self.collect_in(guest, &found),
-            },
+            entry: entry.ok_or(PatchError::NoSuchProbe { id })?.clone(),
+            evidence: Evidence::SingleInstruction,
         })
     }
 

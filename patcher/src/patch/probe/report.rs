@@ -1,6 +1,6 @@
 //! What probes have seen. Everything is read from the arena, whether or not the guest runs.
 
-use super::super::report::{Applied, Origin, Reverted};
+use super::super::report::{Applied, Collected, Origin, Reverted};
 use super::super::{EntryId, PatchError, Patcher};
 use super::callback::{Attached, Does};
 use crate::arena::Arena;
@@ -57,6 +57,16 @@ pub struct Detached {
     /// What became of its trampoline, and of others.
     #[serde(flatten)]
     pub reverted: Reverted,
+}
+
+/// Probes that were detached in one stop.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct AllDetached {
+    /// The probes, with their last counts.
+    pub probes: Vec<ProbeInfo>,
+    /// What became of their trampolines, and of others.
+    pub collected: Collected,
 }
 
 /// How often a register had which magnitude.

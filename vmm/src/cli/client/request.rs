@@ -212,17 +212,29 @@ fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
     };
     let request = match command {
         ProbeCommand::Attach {
-            site,
+            mut sites,
             callback,
             deadline,
-        } => ask(
-            "probe-attach",
-            attach(("site", site.0), callback, deadline)?,
-        ),
-        ProbeCommand::Detach { id, deadline } => ask(
-            "probe-detach",
-            json!({ "id": id, "deadline": deadline.map(|d| d.as_millis()) }),
-        ),
+        } => {
+            let place = match (sites.pop(), sites.is_empty()) {
+                (Some(only), true) => ("site", json!(only.0)),
+                (last, _) => {
+                    let all = sites.into_iter().chain(last).map(|site| site.0);
+                    ("sites", all.collect())
+                }
+            };
+            ask("probe-attach", attach(place, callback, deadline)?)
+        }
+        ProbeCommand::Detach { ids, deadline } => {
+            let (name, which) = match ids.as_slice() {
+                [id] => ("id", json!(id)),
+                all => ("ids", json!(all)),
+            };
+            ask(
+                "probe-detach",
+                json!({ name: which, "deadline": deadline.map(|d| d.as_millis()) }),
+            )
+        }
         ProbeCommand::List => ask("query-probes", Value::Null),
         ProbeCommand::Histogram { id } => ask("query-histogram", json!({ "id": id })),
         ProbeCommand::Records { id, since } => {
@@ -234,7 +246,7 @@ fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
 
 /// What a probe or a callback on a tracepoint is asked to do.
 fn attach(
-    (place, at): (&str, String),
+    (place, at): (&str, Value),
     options: CallbackOptions,
     deadline: Option<Deadline>,
 ) -> Result<Value, ClientError> {
@@ -269,7 +281,7 @@ fn tracepoint(command: TracepointCommand) -> Result<Request, ClientError> {
             callback,
             deadline,
         } => {
-            let arguments = attach(("name", name), callback, deadline)?;
+            let arguments = attach(("name", json!(name)), callback, deadline)?;
             let request = ask("tracepoint-attach", arguments);
             Request {
                 show: render::traced,
@@ -354,6 +366,21 @@ mod tests {
                 "stillpoint probe attach f --callback /dev/null --data 0x10 --may-sleep",
                 "probe-attach",
                 json!({"site": "f", "object": "/dev/null", "data": 16, "may-sleep": true}),
+            ),
+            (
+                "stillpoint probe attach f g+1",
+                "probe-attach",
+                json!({"sites": ["f", "g+1"]}),
+            ),
+            (
+                "stillpoint probe detach 1 2",
+                "probe-detach",
+                json!({"ids": [1, 2]}),
+            ),
+            (
+                "stillpoint probe detach 1",
+                "probe-detach",
+                json!({"id": 1}),
             ),
             ("stillpoint gp wait 7", "gp-wait", json!({"cookie": "7"})),
             (

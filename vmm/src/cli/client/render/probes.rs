@@ -7,8 +7,15 @@ use super::{anything, plain};
 
 /// `probe-attach`.
 pub(in super::super) fn attached(answer: &Value) -> String {
-    let (place, at) = (plain(&answer["place"]), plain(&answer["address"]));
-    format!("probe {} at {place} ({at})\n", answer["id"]) + &stalled(answer)
+    let one = |probe: &Value| {
+        let (place, at) = (plain(&probe["place"]), plain(&probe["address"]));
+        format!("probe {} at {place} ({at})\n", probe["id"])
+    };
+    let all = match answer["probes"].as_array() {
+        Some(all) => all.iter().map(one).collect(),
+        None => one(answer),
+    };
+    all + &stalled(answer)
 }
 
 /// `query-histogram`: one row for each magnitude, one column for each CPU.
@@ -65,8 +72,11 @@ pub(in super::super) fn records(answer: &Value) -> String {
 
 /// `probe-detach`.
 pub(in super::super) fn detached(answer: &Value) -> String {
-    let probe = &answer["probe"];
-    format!("probe {}: {} hits\n", probe["id"], probe["hits"]) + &reverted(answer)
+    let one = |probe: &Value| format!("probe {}: {} hits\n", probe["id"], probe["hits"]);
+    match answer["probes"].as_array() {
+        Some(all) => all.iter().map(one).collect::<String>() + &stalled(answer),
+        None => one(&answer["probe"]) + &reverted(answer),
+    }
 }
 
 /// `query-probes`.
