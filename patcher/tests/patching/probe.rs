@@ -268,6 +268,39 @@ fn probes_come_to_a_site_and_go_in_any_order() {
 }
 
 #[test]
+fn several_probes_are_one_change() {
+    let mut guest = guest(KERNELS[0]);
+    let mut patcher = patcher(&guest);
+    let prepare = |patcher: &Patcher, site: &str| {
+        let request = ProbeRequest::counting(site.parse().unwrap());
+        patcher.prepare_probe(request).unwrap()
+    };
+    let all: Vec<_> = [FUNCTION, "vfs_read", FUNCTION]
+        .map(|site| prepare(&patcher, site))
+        .into();
+    let mut wrong = all.clone();
+    wrong.push(prepare(&patcher, &format!("{FUNCTION}+1")));
+    patcher
+        .attach_probes(&mut guest.image, &wrong, &origin())
+        .unwrap_err();
+    assert_eq!(patcher.probes(&guest.image).unwrap(), []);
+    assert_eq!(patcher.list().arena.unwrap().code_slots, 0);
+
+    let new = patcher.attach_probes(&mut guest.image, &all, &origin());
+    let mut ids: Vec<_> = new.unwrap().iter().map(|new| new.probe.id).collect();
+    for bad in [ids[0], EntryId(99)] {
+        ids.push(bad);
+        let refused = patcher.detach_probes(&mut guest.image, &ids, &origin());
+        assert!(refused.is_err());
+        assert_eq!(patcher.probes(&guest.image).unwrap().len(), 3);
+        ids.pop();
+    }
+    let gone = patcher.detach_probes(&mut guest.image, &ids, &origin());
+    assert_eq!(gone.unwrap().probes.len(), 3);
+    assert_eq!(patcher.list().arena.unwrap().code_slots, 0);
+}
+
+#[test]
 fn a_change_is_taken_back_with_all_its_probes() {
     let mut guest = guest(KERNELS[0]);
     let mut patcher = patcher(&guest);

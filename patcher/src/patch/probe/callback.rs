@@ -286,11 +286,19 @@ fn give_back_data(guest: &mut dyn StoppedGuest, arena: &mut Arena, slot: Slot) {
 
 impl Ready {
     /// Nothing will call it.
-    pub(in super::super) fn undo(self, guest: &mut dyn StoppedGuest, arena: &mut Arena) {
+    /// Code that somebody may still be in from its first life comes back.
+    pub(in super::super) fn undo(
+        self,
+        guest: &mut dyn StoppedGuest,
+        arena: &mut Arena,
+    ) -> Option<(PlacedCode, Content)> {
         give_back_data(guest, arena, self.data);
-        if let (Some((placed, _)), true) = (self.code, self.fresh) {
+        let (placed, content) = self.code?;
+        if self.fresh {
             give_back(guest, arena, placed.code, placed.data);
+            return None;
         }
+        Some((placed, content))
     }
 }
 

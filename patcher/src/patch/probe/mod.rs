@@ -8,7 +8,7 @@ mod callback;
 mod report;
 mod site;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::hook::Hook;
 use super::knowledge::Knowledge;
@@ -216,7 +216,7 @@ impl Patcher {
         let applied = match self.hook(guest, &found, hook, origin) {
             Ok(applied) => applied,
             Err(error) => {
-                self.undo(guest, ready);
+                self.undo(guest, ready, origin);
                 return Err(error);
             }
         };
@@ -245,9 +245,9 @@ impl Patcher {
         }
         let id = self.ledger.next();
         let plain = self.site(change)?.is_plain();
-        match self.rehook(guest, found, change, &acts) {
+        match self.rehook(guest, found, change, &acts, origin) {
             Err(error) => {
-                self.undo(guest, ready);
+                self.undo(guest, ready, origin);
                 Err(error)
             }
             Ok((old, content)) => {
@@ -323,6 +323,10 @@ impl Patcher {
         origin: &Origin,
     ) -> Result<AllDetached, PatchError> {
         let found = self.identify(guest)?;
+        let mut seen = BTreeSet::new();
+        if let Some(twice) = ids.iter().find(|id| !seen.insert(**id)) {
+            return Err(PatchError::Request(format!("probe {twice} is named twice")));
+        }
         {
             let check = self.check(&found, guest);
             check.idle()?;
@@ -373,7 +377,7 @@ impl Patcher {
         let (at, plain) = (site.at, site.is_plain());
         let mut acts = site.acts();
         acts.remove(index);
-        let (old, content) = self.rehook(guest, found, change, &acts)?;
+        let (old, content) = self.rehook(guest, found, change, &acts, origin)?;
         let mut leaving = Leaving::new(id, &old, content, origin.at_ms)
             .sleeps(!plain)
             .of_site(at);
@@ -406,6 +410,7 @@ impl Patcher {
         found: &Located,
         change_id: EntryId,
         acts: &[Act],
+        origin: &Origin,
     ) -> Result<(PlacedCode, Content), PatchError> {
         let site = self.site(change_id)?;
         let code = site.trampoline(acts);
@@ -447,7 +452,10 @@ impl Patcher {
                 give_back(guest, arena, placed.code, placed.data);
                 Err(error)
             }
-            (Err(error), _) => Err(error),
+            (Err(error), _) => {
+                self.retire_again(&placed, content, origin);
+                Err(error)
+            }
         }
     }
 
@@ -468,10 +476,18 @@ impl Patcher {
         wanted.put(guest, self.placing(found))
     }
 
-    pub(super) fn undo(&mut self, guest: &mut dyn StoppedGuest, ready: Ready) {
-        if let Some(arena) = &mut self.arena {
-            ready.undo(guest, arena);
+    pub(super) fn undo(&mut self, guest: &mut dyn StoppedGuest, ready: Ready, origin: &Origin) {
+        let arena = self.arena.as_mut();
+        if let Some((placed, content)) = arena.and_then(|arena| ready.undo(guest, arena)) {
+            self.retire_again(&placed, content, origin);
         }
+    }
+
+    /// Somebody may still be in it from its first life.
+    fn retire_again(&mut self, placed: &PlacedCode, content: Content, origin: &Origin) {
+        let id = self.ledger.next();
+        self.retired
+            .add(Leaving::new(id, placed, content, origin.at_ms));
     }
 
     pub(super) fn placing<'a>(&'a mut self, found: &'a Located) -> Placing<'a> {

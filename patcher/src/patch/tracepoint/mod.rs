@@ -222,7 +222,7 @@ impl Patcher {
         } = match placed {
             Ok(placed) => placed,
             Err(error) => {
-                self.undo(guest, ready);
+                self.undo(guest, ready, origin);
                 return Err(error);
             }
         };
@@ -251,7 +251,7 @@ impl Patcher {
             }
             Err(error) => {
                 self.give_back(guest, placed.code);
-                self.undo(guest, ready);
+                self.undo(guest, ready, origin);
                 Err(error)
             }
         }
