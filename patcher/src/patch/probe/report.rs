@@ -278,7 +278,7 @@ impl Patcher {
         Ok(bytes)
     }
 
-    fn arena_or_lost(&self) -> Result<&Arena, PatchError> {
+    pub(in super::super) fn arena_or_lost(&self) -> Result<&Arena, PatchError> {
         let lost = || PatchError::Request("there is no arena in the guest".into());
         self.arena.as_ref().ok_or_else(lost)
     }

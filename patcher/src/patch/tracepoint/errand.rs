@@ -246,13 +246,28 @@ impl Patcher {
         begun: Begun,
         origin: &Origin,
     ) -> Result<(), Box<(Begun, PatchError)>> {
-        if let Err(error) = self.detach_probe(guest, begun.probe, origin) {
-            return Err(Box::new((begun, error)));
+        let site = match self.detach_probe(guest, begun.probe, origin) {
+            Ok(detached) => detached.probe.address,
+            Err(error) => return Err(Box::new((begun, error))),
+        };
+        // Where it cannot be disarmed, what it would use stays for good.
+        if self.disarm(guest, begun.data).is_ok() {
+            let (placed, content) = begun.code;
+            let leaving = Leaving::new(begun.probe, &placed, content, origin.at_ms);
+            // Whoever is still in the trigger looks at the data.
+            self.retired
+                .add(leaving.with(None, begun.data).of_site(site));
         }
-        let (placed, content) = &begun.code;
-        let leaving = Leaving::new(begun.probe, placed, content.clone(), origin.at_ms);
-        self.retired.add(leaving.with(None, begun.data));
         Ok(())
+    }
+
+    /// Whoever is in the trigger at this moment does not begin the errand any more.
+    fn disarm(&self, guest: &mut dyn StoppedGuest, data: Slot) -> Result<(), PatchError> {
+        let armed = Slot {
+            at: data.at.offset(errand_data::ARMED),
+            len: 4,
+        };
+        Ok(self.arena_or_lost()?.fill(guest, armed, &[0; 4])?)
     }
 
     pub(super) fn give_back(&mut self, guest: &mut dyn StoppedGuest, slot: Slot) {
