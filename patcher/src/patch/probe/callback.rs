@@ -55,6 +55,8 @@ pub(in super::super) enum Prepared {
     Code {
         code: Code,
         entry: u64,
+        /// It can come to a probe while it runs.
+        nests: bool,
         needs: Needs,
     },
 }
@@ -160,6 +162,7 @@ impl Prepared {
                 let code = Code::object(&file, &|name| know.resolve(name))?;
                 Self::Code {
                     entry: code.entry(function.as_deref(), FUNCTION)?,
+                    nests: code.nests(),
                     needs: code.needs.or(needs),
                     code,
                 }
@@ -217,7 +220,12 @@ impl Wanted<'_> {
         let mut fresh = true;
         let action = match self.prepared {
             Prepared::Inline(action) => action.clone(),
-            Prepared::Code { code, entry, needs } => {
+            Prepared::Code {
+                code,
+                entry,
+                nests,
+                needs,
+            } => {
                 let again = Placing {
                     know,
                     located,
@@ -230,7 +238,7 @@ impl Wanted<'_> {
                 placed = Some((new.placed, new.content));
                 Action::Call {
                     function,
-                    nests: code.nests(),
+                    nests: *nests,
                     needs: *needs,
                 }
             }

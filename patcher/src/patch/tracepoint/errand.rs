@@ -207,6 +207,7 @@ impl Patcher {
                 Prepared::Code {
                     code: code.clone(),
                     entry: 0,
+                    nests: true,
                     needs: Needs::default(),
                 },
                 means.variables,
