@@ -1,26 +1,20 @@
 //! Putting a jump to new code into a site: what redirects and probes have in common.
 
 use super::placing::{NewPlace, Placing, give_back};
-use super::report::{Applied, Bytes, Evidence, FtraceMark, Kind, Origin};
-use super::retire::Leaving;
+use super::report::{Applied, Bytes, Evidence, FtraceMark, Kind, Origin, PlacedCode};
+use super::retire::{Content, Leaving};
 use super::writing::{change, jump};
 use super::{PatchError, Patcher};
 use crate::guest::{Gva, StoppedGuest};
 use crate::patch::code::Code;
 use crate::space::Located;
 
-/// A jump that was checked and is ready to be made.
-pub(super) struct Hook<'a> {
-    pub(super) kind: Kind,
-    /// The site as it was given.
-    pub(super) site: String,
-    /// Function and offset of the jump.
-    pub(super) place: String,
+/// Code, and where to jump to it from.
+pub(super) struct Lead<'a> {
     /// Where the jump goes.
     pub(super) at: Gva,
-    /// The whole instructions that are there. Those behind the jump stay as they are.
-    pub(super) before: Vec<u8>,
-    pub(super) evidence: Evidence,
+    /// The whole instructions that were there. Those behind the jump stay as they are.
+    pub(super) before: &'a [u8],
     pub(super) ftrace: Option<FtraceMark>,
     pub(super) code: &'a Code,
     /// Offset of its first instruction.
@@ -29,8 +23,66 @@ pub(super) struct Hook<'a> {
     pub(super) goes_on: Vec<Gva>,
 }
 
+/// A jump that was made.
+pub(super) struct Led {
+    pub(super) placed: PlacedCode,
+    pub(super) content: Content,
+    /// What the instructions are now.
+    pub(super) after: Bytes,
+}
+
+/// A jump that was checked and is ready to be made for the first time.
+pub(super) struct Hook<'a> {
+    pub(super) kind: Kind,
+    /// The site as it was given.
+    pub(super) site: String,
+    /// Function and offset of the jump.
+    pub(super) place: String,
+    pub(super) evidence: Evidence,
+    pub(super) lead: Lead<'a>,
+}
+
 impl Patcher {
     /// Places the code and makes the jump: both or none.
+    pub(super) fn lead(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        found: &Located,
+        lead: Lead<'_>,
+        origin: &Origin,
+    ) -> Result<Led, PatchError> {
+        let NewPlace {
+            mut placed,
+            content,
+            fresh,
+        } = self.placing(found).place(guest, lead.code, lead.entry)?;
+        placed.goes_on = lead.goes_on;
+        let changed = jump(lead.at, placed.entry).and_then(|jump| {
+            change(guest, found.root, lead.ftrace, lead.at, &jump)?;
+            Ok(jump)
+        });
+        match (changed, &mut self.arena) {
+            (Ok(jump), _) => {
+                let mut after = jump.to_vec();
+                after.extend(lead.before.iter().skip(jump.len()));
+                Ok(Led {
+                    placed,
+                    content,
+                    after: Bytes(after),
+                })
+            }
+            (Err(error), Some(arena)) if fresh => {
+                give_back(guest, arena, placed.code, placed.data);
+                Err(error)
+            }
+            (Err(error), _) => {
+                self.retire_again(&placed, content, origin);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes a jump where there was none.
     pub(super) fn hook(
         &mut self,
         guest: &mut dyn StoppedGuest,
@@ -38,53 +90,42 @@ impl Patcher {
         hook: Hook<'_>,
         origin: &Origin,
     ) -> Result<Applied, PatchError> {
-        let NewPlace {
-            mut placed,
-            content,
-            fresh,
-        } = Placing {
-            know: &self.know,
-            located: found,
-            arena: &mut self.arena,
-            retired: &mut self.retired,
-        }
-        .place(guest, hook.code, hook.entry)?;
-        placed.goes_on = hook.goes_on;
-        let changed = jump(hook.at, placed.entry).and_then(|jump| {
-            change(guest, found.root, hook.ftrace, hook.at, &jump)?;
-            Ok(jump)
-        });
+        let Lead {
+            at, before, ftrace, ..
+        } = hook.lead;
+        let led = self.lead(guest, found, hook.lead, origin)?;
         let id = self.ledger.next();
-        let jump = match changed {
-            Ok(jump) => jump,
-            Err(error) => {
-                match &mut self.arena {
-                    Some(arena) if fresh => give_back(guest, arena, placed.code, placed.data),
-                    // Somebody may still be in it from its first life.
-                    _ => self
-                        .retired
-                        .add(Leaving::new(id, &placed, content, origin.at_ms)),
-                }
-                return Err(error);
-            }
-        };
-        let mut after = jump.to_vec();
-        after.extend(hook.before.iter().skip(jump.len()));
         let entry = Applied {
             id,
             kind: hook.kind,
             site: hook.site,
             place: hook.place,
-            address: hook.at,
-            before: Bytes(hook.before),
-            after: Bytes(after),
+            address: at,
+            before: Bytes(before.to_vec()),
+            after: led.after,
             evidence: hook.evidence,
-            ftrace: hook.ftrace,
-            code: Some(placed),
+            ftrace,
+            code: Some(led.placed),
             origin: origin.clone(),
         };
-        self.contents.insert(id, content);
+        self.contents.insert(id, led.content);
         self.ledger.add(entry.clone());
         Ok(entry)
+    }
+
+    /// Somebody may still be in it from its first life.
+    pub(super) fn retire_again(&mut self, placed: &PlacedCode, content: Content, origin: &Origin) {
+        let id = self.ledger.next();
+        self.retired
+            .add(Leaving::new(id, placed, content, origin.at_ms));
+    }
+
+    pub(super) fn placing<'a>(&'a mut self, found: &'a Located) -> Placing<'a> {
+        Placing {
+            know: &self.know,
+            located: found,
+            arena: &mut self.arena,
+            retired: &mut self.retired,
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::check::Check;
-use super::hook::Hook;
+use super::hook::{Hook, Lead};
 use super::knowledge::Knowledge;
 use super::ledger::Ledger;
 use super::probe::ProbeSites;
@@ -223,13 +223,15 @@ impl Patcher {
             kind: Kind::Redirect,
             site: prepared.site.to_string(),
             place: ready.function.place(ready.nop),
-            at: ready.nop.at(found.slide),
-            before: NOP5.to_vec(),
             evidence: ready.evidence,
-            ftrace: ready.ftrace,
-            code: &prepared.code,
-            entry: ready.entry,
-            goes_on: Vec::new(),
+            lead: Lead {
+                at: ready.nop.at(found.slide),
+                before: &NOP5,
+                ftrace: ready.ftrace,
+                code: &prepared.code,
+                entry: ready.entry,
+                goes_on: Vec::new(),
+            },
         };
         self.hook(guest, &found, hook, origin)
     }

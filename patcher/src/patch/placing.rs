@@ -27,24 +27,13 @@ pub(super) struct Placing<'a> {
 
 impl Placing<'_> {
     /// The arena, made when there is none yet.
-    pub(super) fn arena<'a>(
-        arena: &'a mut Option<Arena>,
-        guest: &mut dyn StoppedGuest,
-        located: &Located,
-        know: &Knowledge,
-    ) -> Result<&'a mut Arena, PatchError> {
-        match arena {
-            Some(arena) => {
-                arena.check(guest)?;
-                Ok(arena)
-            }
-            none => Ok(none.insert(Arena::install(guest, located, &know.arena)?)),
-        }
+    pub(super) fn arena(&mut self, guest: &mut dyn StoppedGuest) -> Result<&mut Arena, PatchError> {
+        ready(self.arena, guest, self.located, self.know)
     }
 
     /// Puts code into the arena, which is made when there is none yet.
     pub(super) fn place(
-        self,
+        &mut self,
         guest: &mut dyn StoppedGuest,
         code: &Code,
         entry: u64,
@@ -59,7 +48,7 @@ impl Placing<'_> {
             let memory = &&*guest;
             know.returns(&located.space(memory), located)
         };
-        let arena = Self::arena(arena, guest, located, know)?;
+        let arena = ready(arena, guest, located, know)?;
         let linked = |slot: Slot, data: Option<Slot>| {
             let placed = Placed {
                 code: slot.at,
@@ -114,6 +103,21 @@ impl Placing<'_> {
             give_back(guest, arena, slot, data);
         }
         filled
+    }
+}
+
+fn ready<'a>(
+    arena: &'a mut Option<Arena>,
+    guest: &mut dyn StoppedGuest,
+    located: &Located,
+    know: &Knowledge,
+) -> Result<&'a mut Arena, PatchError> {
+    match arena {
+        Some(arena) => {
+            arena.check(guest)?;
+            Ok(arena)
+        }
+        none => Ok(none.insert(Arena::install(guest, located, &know.arena)?)),
     }
 }
 

@@ -11,7 +11,6 @@ use crate::guest::{Gva, StoppedGuest};
 use crate::probe::{
     Act, Action, BUCKETS, Needs, PerCpu, Predicate, RECORD, RECORDED, Register, Variables, data,
 };
-use crate::space::Located;
 
 /// The name of a callback's function.
 const FUNCTION: &str = "stillpoint_callback";
@@ -212,10 +211,8 @@ impl Wanted<'_> {
     pub(in super::super) fn put(
         &self,
         guest: &mut dyn StoppedGuest,
-        placing: Placing<'_>,
+        mut placing: Placing<'_>,
     ) -> Result<Ready, PatchError> {
-        let (arena, retired) = (placing.arena, placing.retired);
-        let (know, located): (&Knowledge, &Located) = (placing.know, placing.located);
         let mut placed = None;
         let mut fresh = true;
         let action = match self.prepared {
@@ -226,13 +223,7 @@ impl Wanted<'_> {
                 nests,
                 needs,
             } => {
-                let again = Placing {
-                    know,
-                    located,
-                    arena: &mut *arena,
-                    retired,
-                };
-                let new = again.place(guest, code, *entry)?;
+                let new = placing.place(guest, code, *entry)?;
                 fresh = new.fresh;
                 let function = new.placed.entry;
                 placed = Some((new.placed, new.content));
@@ -243,7 +234,7 @@ impl Wanted<'_> {
                 }
             }
         };
-        let arena = Placing::arena(arena, guest, located, know)?;
+        let arena = placing.arena(guest)?;
         let more = match &action {
             Action::Count | Action::Call { .. } => 0,
             Action::Histogram(_) => self.cpus * BUCKETS * 8,

@@ -10,12 +10,11 @@ mod site;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::hook::Hook;
+use super::hook::{Hook, Lead};
 use super::knowledge::Knowledge;
-use super::placing::{NewPlace, Placing, give_back};
-use super::report::{Applied, Bytes, Evidence, Kind, Origin, PlacedCode, Reverted};
+use super::report::{Applied, Evidence, Kind, Origin, PlacedCode, Reverted};
 use super::retire::{Content, Leaving};
-use super::writing::{change, jump, may_go, still_ours};
+use super::writing::{may_go, still_ours};
 use super::{EntryId, PatchError, Patcher};
 use crate::guest::{Gva, LinkAddr, StoppedGuest};
 use crate::probe::{Act, Displaced, Plan, Predicate, Variables, trampoline};
@@ -205,13 +204,15 @@ impl Patcher {
             kind: Kind::Probe,
             site: prepared.site.to_string(),
             place: function.place(place.link),
-            at,
-            before,
             evidence,
-            ftrace,
-            code: &site.trampoline(std::slice::from_ref(&ready.act)),
-            entry: 0,
-            goes_on,
+            lead: Lead {
+                at,
+                before: &before,
+                ftrace,
+                code: &site.trampoline(std::slice::from_ref(&ready.act)),
+                entry: 0,
+                goes_on,
+            },
         };
         let applied = match self.hook(guest, &found, hook, origin) {
             Ok(applied) => applied,
@@ -425,38 +426,23 @@ impl Patcher {
             // A jump takes the place of a jump.
             check.nobody_inside(&(at..end), true)?;
         }
-        let NewPlace {
-            mut placed,
-            content,
-            fresh,
-        } = self.placing(found).place(guest, &code, 0)?;
         let old = entry.code.clone().ok_or(lost)?;
-        placed.goes_on = old.goes_on.clone();
-        let changed = jump(at, placed.entry).and_then(|jump| {
-            change(guest, found.root, None, at, &jump)?;
-            Ok(jump)
+        let lead = Lead {
+            at,
+            before: &entry.before.0,
+            ftrace: None,
+            code: &code,
+            entry: 0,
+            goes_on: old.goes_on.clone(),
+        };
+        let led = self.lead(guest, found, lead, origin)?;
+        let old_content = self.contents.insert(change_id, led.content.clone());
+        self.ledger.add(Applied {
+            after: led.after,
+            code: Some(led.placed),
+            ..entry
         });
-        match (changed, &mut self.arena) {
-            (Ok(jump), _) => {
-                let mut after = jump.to_vec();
-                after.extend(entry.before.0.iter().skip(jump.len()));
-                let old_content = self.contents.insert(change_id, content.clone());
-                self.ledger.add(Applied {
-                    after: Bytes(after),
-                    code: Some(placed),
-                    ..entry
-                });
-                Ok((old, old_content.unwrap_or(content)))
-            }
-            (Err(error), Some(arena)) if fresh => {
-                give_back(guest, arena, placed.code, placed.data);
-                Err(error)
-            }
-            (Err(error), _) => {
-                self.retire_again(&placed, content, origin);
-                Err(error)
-            }
-        }
+        Ok((old, old_content.unwrap_or(led.content)))
     }
 
     fn put_callback(
@@ -480,22 +466,6 @@ impl Patcher {
         let arena = self.arena.as_mut();
         if let Some((placed, content)) = arena.and_then(|arena| ready.undo(guest, arena)) {
             self.retire_again(&placed, content, origin);
-        }
-    }
-
-    /// Somebody may still be in it from its first life.
-    fn retire_again(&mut self, placed: &PlacedCode, content: Content, origin: &Origin) {
-        let id = self.ledger.next();
-        self.retired
-            .add(Leaving::new(id, placed, content, origin.at_ms));
-    }
-
-    pub(super) fn placing<'a>(&'a mut self, found: &'a Located) -> Placing<'a> {
-        Placing {
-            know: &self.know,
-            located: found,
-            arena: &mut self.arena,
-            retired: &mut self.retired,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::super::code::{Code, Resolved};
 use super::super::knowledge::Knowledge;
-use super::super::placing::{Placing, give_back};
+use super::super::placing::give_back;
 use super::super::probe::{Prepared, PreparedProbe, variables};
 use super::super::report::{Origin, PlacedCode};
 use super::super::retire::{Content, Leaving};
@@ -144,7 +144,8 @@ impl Patcher {
         guest: &mut dyn StoppedGuest,
         found: &Located,
     ) -> Result<Slot, PatchError> {
-        let arena = Placing::arena(&mut self.arena, guest, found, &self.know)?;
+        let mut placing = self.placing(found);
+        let arena = placing.arena(guest)?;
         Ok(arena.take_data(errand_data::BYTES, 64)?)
     }
 
