@@ -4,7 +4,6 @@
 //! stacks. [`crate::tasks::scan`] finds every address in the code's ranges that any context still
 //! has; it cannot miss one, but what it finds may be stale. [`Judge`] then asks for better
 //! [`Evidence`] about each of them. What nothing speaks for is a [`Holdout`]: it is never guessed.
-
 //!
 //! Who waits for whom, and what a cookie covers, is in [`Queue`]; what speaks for a task in
 //! [`evidence`]; where nobody must be when bytes change in [`interior`]. These know nothing of a

@@ -248,6 +248,8 @@ impl Patcher {
         origin: &Origin,
     ) -> Result<Reverted, PatchError> {
         let found = self.identify(guest)?;
+        self.ledger.get(id).ok_or(PatchError::NoSuchEntry { id })?;
+        self.check(&found, guest).idle()?;
         let (entry, evidence) = self.unhook(guest, &found, id, id, origin)?;
         Ok(Reverted {
             entry,
@@ -257,7 +259,8 @@ impl Patcher {
         })
     }
 
-    /// Takes a change back, whose code is then told of by the number `told`.
+    /// Takes a change back, in a guest that is not changing its text. Its code is then told of by the
+    /// number `told`.
     pub(super) fn unhook(
         &mut self,
         guest: &mut dyn StoppedGuest,
@@ -271,11 +274,7 @@ impl Patcher {
             .get(id)
             .ok_or(PatchError::NoSuchEntry { id })?
             .clone();
-        let evidence = {
-            let check = self.check(found, guest);
-            check.idle()?;
-            may_go(&check, &entry)?
-        };
+        let evidence = may_go(&self.check(found, guest), &entry)?;
         let root = found.root;
         let unmark = unmark(&self.know, guest, found, entry.ftrace);
         change(guest, root, unmark, entry.address, &entry.before.0)?;

@@ -80,8 +80,8 @@ pub(super) struct ProbeSite {
 }
 
 /// A probe that was taken out, and the change that it was in.
-struct Gone {
-    probe: ProbeInfo,
+pub(super) struct Gone {
+    pub(super) probe: ProbeInfo,
     entry: Applied,
     evidence: Evidence,
 }
@@ -161,19 +161,30 @@ impl Patcher {
         origin: &Origin,
     ) -> Result<NewProbe, PatchError> {
         let found = self.identify(guest)?;
-        let check = self.check(&found, guest);
+        self.check(&found, guest).idle()?;
+        self.put_in(guest, &found, prepared, origin)
+    }
+
+    /// Attaches a probe to a guest that is not changing its text.
+    fn put_in(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        found: &Located,
+        prepared: &PreparedProbe,
+        origin: &Origin,
+    ) -> Result<NewProbe, PatchError> {
+        let check = self.check(found, guest);
         let link = match (prepared.link, &prepared.site) {
             (Some(link), _) => link,
             (None, Site::Address(at)) => at.linked(found.slide),
             (None, site) => return Err(PatchError::Request(format!("{site} has no address"))),
         };
         let function = allowed(&self.know, link, &prepared.site)?;
-        check.idle()?;
         let place = place(&check, &function, link)?;
         let at = place.link.at(found.slide);
         let here = |site: &&EntryId| self.sites.get(site).is_some_and(|site| site.at == at);
         if let Some(&id) = self.sites.keys().find(here) {
-            return self.attach_more(guest, &found, id, prepared, origin);
+            return self.attach_more(guest, found, id, prepared, origin);
         }
         let (displaced, before) = place.instructions(&function, at)?;
         let back = at.offset(displaced.len as u64);
@@ -199,7 +210,7 @@ impl Patcher {
             variables: prepared.variables,
             attached: Vec::new(),
         };
-        let ready = self.put_callback(guest, &found, prepared, at)?;
+        let ready = self.put_callback(guest, found, prepared, at)?;
         let hook = Hook {
             kind: Kind::Probe,
             site: prepared.site.to_string(),
@@ -214,7 +225,7 @@ impl Patcher {
                 goes_on,
             },
         };
-        let applied = match self.hook(guest, &found, hook, origin) {
+        let applied = match self.hook(guest, found, hook, origin) {
             Ok(applied) => applied,
             Err(error) => {
                 self.undo(guest, ready, origin);
@@ -273,9 +284,11 @@ impl Patcher {
         prepared: &[PreparedProbe],
         origin: &Origin,
     ) -> Result<Vec<NewProbe>, PatchError> {
+        let found = self.identify(guest)?;
+        self.check(&found, guest).idle()?;
         let mut new: Vec<NewProbe> = Vec::with_capacity(prepared.len());
         for probe in prepared {
-            match self.attach_probe(guest, probe, origin) {
+            match self.put_in(guest, &found, probe, origin) {
                 Ok(attached) => new.push(attached),
                 Err(error) => {
                     let ids: Vec<_> = new.iter().rev().map(|new| new.probe.id).collect();
@@ -356,8 +369,8 @@ impl Patcher {
             .ok_or(PatchError::NoSuchProbe { id })
     }
 
-    /// Detaches a probe. What it leaves behind is retired.
-    fn take_out(
+    /// Detaches a probe of a guest that is not changing its text. What it leaves behind is retired.
+    pub(super) fn take_out(
         &mut self,
         guest: &mut dyn StoppedGuest,
         found: &Located,

@@ -245,11 +245,14 @@ impl Patcher {
     pub(super) fn end_errand(
         &mut self,
         guest: &mut dyn StoppedGuest,
+        found: &Located,
         begun: Begun,
         origin: &Origin,
     ) -> Result<(), Box<(Begun, PatchError)>> {
-        let site = match self.detach_probe(guest, begun.probe, origin) {
-            Ok(detached) => detached.probe.address,
+        let idle = self.check(found, guest).idle();
+        let gone = idle.and_then(|()| self.take_out(guest, found, begun.probe, origin));
+        let site = match gone {
+            Ok(gone) => gone.probe.address,
             Err(error) => return Err(Box::new((begun, error))),
         };
         // Where it cannot be disarmed, what it would use stays for good.

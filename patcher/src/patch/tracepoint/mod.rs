@@ -21,6 +21,7 @@ use super::retire::{Content, Leaving};
 use super::{EntryId, PatchError, Patcher};
 use crate::guest::{GuestMemory, Gva, LinkAddr, StoppedGuest};
 use crate::probe::{Call, Plan, Predicate, data, return_now, trampoline};
+use crate::space::Located;
 use errand::{Begun, Means, Progress};
 
 /// What the guest's own users have when they do not say.
@@ -286,7 +287,7 @@ impl Patcher {
         id: EntryId,
         origin: &Origin,
     ) -> Result<Outcome, PatchError> {
-        self.identify(guest)?;
+        let found = self.identify(guest)?;
         let gone = PatchError::NoSuchProbe { id };
         let traced = self.tracepoints.get_mut(&id).ok_or(gone.clone())?;
         let state = traced.state;
@@ -307,7 +308,7 @@ impl Patcher {
             self.put_errand(id, errand);
             return Err(PatchError::Underway { id });
         }
-        if let Err(left) = self.end_errand(guest, errand, origin) {
+        if let Err(left) = self.end_errand(guest, &found, errand, origin) {
             let (errand, error) = *left;
             self.put_errand(id, errand);
             return Err(error);
@@ -319,12 +320,13 @@ impl Patcher {
         match (state, first) {
             (TracepointState::Attaching, Some(0)) => {
                 self.set_state(id, TracepointState::Attached);
+                self.collect_in(guest, &found);
                 let info = self.tracepoint_info(&&*guest, id)?;
                 Ok(Outcome::Attached(Box::new(info)))
             }
             (TracepointState::Attaching, refused) => {
                 // The guest has seen its address only if it was asked.
-                let _ = self.leave_tracepoint(guest, id, origin);
+                let _ = self.leave_tracepoint(guest, &found, id, origin);
                 Err(PatchError::Refused {
                     what: format!("to add a callback to tracepoint {name}"),
                     why: answer(refused),
@@ -332,7 +334,7 @@ impl Patcher {
             }
             (_, Some(result)) if errno(result).is_none() => {
                 let tracepoint = Box::new(self.tracepoint_info(&&*guest, id)?);
-                let collected = self.leave_tracepoint(guest, id, origin)?;
+                let collected = self.leave_tracepoint(guest, &found, id, origin)?;
                 Ok(Outcome::Detached {
                     tracepoint,
                     collected,
@@ -451,17 +453,17 @@ impl Patcher {
     fn leave_tracepoint(
         &mut self,
         guest: &mut dyn StoppedGuest,
+        found: &Located,
         id: EntryId,
         origin: &Origin,
     ) -> Result<Collected, PatchError> {
-        let found = self.identify(guest)?;
         let traced = self.tracepoints.remove(&id);
         let traced = traced.ok_or(PatchError::NoSuchProbe { id })?;
         let sleeps = !traced.probe.is_plain();
         let (placed, content) = traced.function;
         let leaving = Leaving::new(id, &placed, content, origin.at_ms).sleeps(sleeps);
         self.retired.add(traced.probe.leave(leaving));
-        Ok(self.collect_in(guest, &found))
+        Ok(self.collect_in(guest, found))
     }
 }
 
