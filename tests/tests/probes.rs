@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stillpoint_tests::{Failure, Guest, Qmp, QmpError, TestResult, on_kvm, replacement};
+use stillpoint_tests::{
+    Failure, Guest, Qmp, QmpError, TestResult, all_freed, on_kvm, replacement, take_sum,
+};
 
 fn number(reply: &Value, pointer: &str) -> Result<u64, Failure> {
     reply
@@ -31,22 +33,6 @@ fn hits(qmp: &mut Qmp, id: u64) -> Result<u64, Failure> {
     probe
         .and_then(|probe| number(probe, "/hits").ok())
         .ok_or_else(|| Failure::new(format!("no probe {id} in {reply}")))
-}
-
-/// Waits until nothing is retired any more.
-fn all_freed(qmp: &mut Qmp) -> TestResult {
-    let begun = Instant::now();
-    loop {
-        let reply = qmp.execute("query-trampolines", json!({}))?;
-        let all = reply.get("trampolines").and_then(Value::as_array);
-        if all.is_some_and(Vec::is_empty) {
-            return Ok(());
-        }
-        if begun.elapsed() > Duration::from_secs(20) {
-            return Err(Failure::new(format!("not freed: {reply}")));
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
 }
 
 /// Sites in `function` at which a probe can be attached, the entry first.
@@ -221,13 +207,6 @@ fn probe(qmp: &mut Qmp, id: u64) -> Result<Value, Failure> {
     let mut all = reply["probes"].as_array().into_iter().flatten();
     let found = all.find(|probe| probe["id"] == json!(id)).cloned();
     found.ok_or_else(|| Failure::new(format!("no probe {id} in {reply}")))
-}
-
-/// What callbacks have added up in the guest.
-fn take_sum(guest: &Guest) -> Result<i64, Failure> {
-    let sum = guest.sh("cat /proc/sys/kernel/panic; echo 0 >/proc/sys/kernel/panic")?;
-    let parsed = sum.trim().parse();
-    parsed.map_err(|_| Failure::new(format!("no number: {sum}")))
 }
 
 fn callbacks(kernel: &str) -> TestResult {

@@ -4,26 +4,14 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stillpoint_tests::{Failure, Guest, Qmp, QmpError, TestResult, on_kvm, replacement};
+use stillpoint_tests::{
+    Failure, Guest, Qmp, QmpError, TestResult, all_freed, on_kvm, replacement, take_sum,
+};
 
 fn attach(qmp: &mut Qmp, request: Value) -> Result<u64, Failure> {
     let reply = qmp.execute("probe-attach", request)?;
     let id = reply["id"].as_u64();
     id.ok_or_else(|| Failure::new(format!("no number in {reply}")))
-}
-
-fn all_freed(qmp: &mut Qmp) -> TestResult {
-    let begun = Instant::now();
-    loop {
-        let reply = qmp.execute("query-trampolines", json!({}))?;
-        if reply["trampolines"] == json!([]) {
-            return Ok(());
-        }
-        if begun.elapsed() > Duration::from_secs(20) {
-            return Err(Failure::new(format!("not freed: {reply}")));
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
 }
 
 /// Functions that can be probed, as many as are wanted.
@@ -63,12 +51,7 @@ fn thousand_trampolines(kernel: &str) -> TestResult {
     const WANTED: usize = 1000;
     let guest = Guest::boot(kernel).cpus(2).start()?;
     let mut qmp = guest.control()?;
-    let sum = || -> Result<i32, Failure> {
-        let sum = guest.sh("cat /proc/sys/kernel/panic; echo 0 >/proc/sys/kernel/panic")?;
-        let parsed = sum.trim().parse();
-        parsed.map_err(|_| Failure::new(format!("no number: {sum}")))
-    };
-    sum()?;
+    take_sum(&guest)?;
     let object = replacement("add").display().to_string();
     let mut attached: Vec<u64> = Vec::new();
     let mut refused = 0;
@@ -106,7 +89,11 @@ fn thousand_trampolines(kernel: &str) -> TestResult {
         called > 20 && hits > 1000,
         "{called} functions were called {hits} times"
     );
-    assert_eq!(sum()?, expected, "each call with its own data");
+    assert_eq!(
+        take_sum(&guest)?,
+        i64::from(expected),
+        "each call with its own data"
+    );
     all_freed(&mut qmp)?;
     assert_eq!(guest.complaints()?, "");
     println!(

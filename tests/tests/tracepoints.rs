@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stillpoint_tests::{Failure, Guest, Qmp, QmpError, TestResult, on_kvm, replacement};
+use stillpoint_tests::{
+    Failure, Guest, Qmp, QmpError, TestResult, all_freed, on_kvm, replacement, take_sum,
+};
 
 fn attach(qmp: &mut Qmp, arguments: Value) -> Result<u64, Failure> {
     let reply = qmp.execute("tracepoint-attach", arguments)?;
@@ -23,20 +25,6 @@ fn detach(qmp: &mut Qmp, id: u64) -> Result<u64, Failure> {
     let reply = qmp.execute("tracepoint-detach", json!({"id": id, "deadline": "20s"}))?;
     let hits = reply["tracepoint"]["hits"].as_u64();
     hits.ok_or_else(|| Failure::new(format!("no hits in {reply}")))
-}
-
-fn all_freed(qmp: &mut Qmp) -> TestResult {
-    let begun = Instant::now();
-    loop {
-        let reply = qmp.execute("query-trampolines", json!({}))?;
-        if reply["trampolines"] == json!([]) {
-            return Ok(());
-        }
-        if begun.elapsed() > Duration::from_secs(20) {
-            return Err(Failure::new(format!("not freed: {reply}")));
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
 }
 
 /// How many events the guest's own tracing has of `event`.
@@ -61,12 +49,7 @@ fn beside_the_guest(kernel: &str, rounds: u32) -> TestResult {
         ))
     };
     let name = "sched_process_exec";
-    let sum = || -> Result<i64, Failure> {
-        let sum = guest.sh("cat /proc/sys/kernel/panic; echo 0 >/proc/sys/kernel/panic")?;
-        let parsed = sum.trim().parse();
-        parsed.map_err(|_| Failure::new(format!("no number: {sum}")))
-    };
-    sum()?;
+    take_sum(&guest)?;
     // Alone: 0 to 1 and back. The shell that runs a command is a program as well.
     let id = attach(&mut qmp, json!({"name": name}))?;
     five()?;
@@ -105,7 +88,7 @@ fn beside_the_guest(kernel: &str, rounds: u32) -> TestResult {
         "{ones} {recorded} {hundreds}"
     );
     assert_eq!(
-        sum()?,
+        take_sum(&guest)?,
         i64::try_from(ones + 10_000 * hundreds)?,
         "each its own data"
     );
