@@ -13,6 +13,11 @@
 //                                   instruction: mov, lock, movs, sse, movq, fist, avx, cx16, fxsave
 //   guest load ADDRESS              reads 8 bytes of physical memory
 //   guest kexec KERNEL INITRD TEXT  starts another kernel
+//   guest reads FILE COUNT          reads a file so often, and tells how often it said the same
+//   guest traps COUNT               runs under the trap flag until COUNT single-step traps came
+//   guest int3 COUNT                runs into so many breakpoints of its own, and tells how many
+//                                   signals told the right address
+//   guest membarrier                returns when an RCU grace period has passed
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
@@ -26,6 +31,7 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #define MOST 16
@@ -223,6 +229,68 @@ static void load_kernel(const char *kernel, const char *initrd, const char *text
     die("reboot");
 }
 
+static void reads(const char *from, unsigned long count) {
+    char first[4096], text[4096];
+    int fd = open(from, O_RDONLY);
+    ssize_t length = fd < 0 ? -1 : pread(fd, first, sizeof first, 0);
+    if (length < 0)
+        die(from);
+    unsigned long same = 0;
+    for (unsigned long i = 0; i < count; i++) {
+        ssize_t n = pread(fd, text, sizeof text, 0);
+        same += n == length && !memcmp(first, text, (size_t)n);
+    }
+    printf("%lu the same\n", same);
+}
+
+#define TRAP_FLAG 0x100
+
+static volatile unsigned long traps_left, traps_seen;
+extern const char behind_int3[];
+
+static void trapped(int signal, siginfo_t *info, void *context) {
+    (void)signal;
+    greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
+    if (info->si_code == TRAP_TRACE)
+        traps_seen++;
+    if (!--traps_left)
+        registers[REG_EFL] &= ~TRAP_FLAG;
+}
+
+static void broke(int signal, siginfo_t *info, void *context) {
+    (void)signal;
+    greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
+    // SI_KERNEL: from a breakpoint.
+    if (info->si_code == SI_KERNEL && registers[REG_RIP] == (greg_t)behind_int3)
+        traps_seen++;
+}
+
+static void catch (void (*handler)(int, siginfo_t *, void *)) {
+    struct sigaction action = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO};
+    if (sigaction(SIGTRAP, &action, NULL))
+        die("sigaction");
+}
+
+static void traps(unsigned long count) {
+    traps_left = count;
+    catch (trapped);
+    __asm__ volatile("pushf; orl %0, (%%rsp); popf" ::"i"(TRAP_FLAG) : "memory", "cc");
+    while (traps_left) {
+    }
+    printf("%lu traps\n", traps_seen);
+}
+
+static __attribute__((noinline, noclone)) void breakpoint(void) {
+    __asm__ volatile("int3; .globl behind_int3; behind_int3:" ::: "memory");
+}
+
+static void breakpoints(unsigned long count) {
+    catch (broke);
+    for (unsigned long i = 0; i < count; i++)
+        breakpoint();
+    printf("%lu breakpoints\n", traps_seen);
+}
+
 int main(int argc, char **argv) {
     const char *what = argc > 1 ? argv[1] : "";
     signal(SIGTERM, finish);
@@ -251,6 +319,16 @@ int main(int argc, char **argv) {
         store(strtoull(argv[2], NULL, 0), argv[3], strtoull(argv[4], NULL, 0));
     } else if (!strcmp(what, "load") && argc == 3) {
         printf("0x%016lx\n", *(volatile uint64_t *)physical(strtoull(argv[2], NULL, 0), PROT_READ));
+    } else if (!strcmp(what, "reads") && argc == 4) {
+        reads(argv[2], strtoul(argv[3], NULL, 0));
+    } else if (!strcmp(what, "traps") && argc == 3) {
+        traps(strtoul(argv[2], NULL, 0));
+    } else if (!strcmp(what, "int3") && argc == 3) {
+        breakpoints(strtoul(argv[2], NULL, 0));
+    } else if (!strcmp(what, "membarrier") && argc == 2) {
+        // MEMBARRIER_CMD_GLOBAL.
+        if (syscall(SYS_membarrier, 1, 0, 0))
+            die("membarrier");
     } else if (!strcmp(what, "kexec") && argc == 5) {
         load_kernel(argv[2], argv[3], argv[4]);
     } else {

@@ -21,6 +21,7 @@ pub mod bench;
 mod boot;
 mod console;
 mod cpio;
+mod extent;
 mod failure;
 mod guest;
 pub mod lab;
@@ -33,6 +34,7 @@ pub mod tally;
 mod trampolines;
 
 pub use boot::Boot;
+pub use extent::all_or;
 pub use failure::{Failure, TestResult};
 pub use guest::Guest;
 pub use needs::{

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use stillpoint_tests::{
-    Boot, Failure, Guest, Qmp, QmpError, REPLACED, SOON, TestResult, on_kvm, replacement,
+    Boot, Failure, Guest, Qmp, QmpError, REPLACED, SOON, TestResult, all_or, on_kvm, replacement,
 };
 
 /// The nop at a traceable function's entry, as every stock kernel has it after boot.
@@ -251,10 +251,7 @@ fn redirects(boot: Boot, cpus: u32, rounds: u32) -> TestResult {
 
 /// A thousand rounds are asked for; the combinations beside the first do fewer unless all is tested.
 fn rounds(few: u32) -> u32 {
-    match std::env::var_os("STILLPOINT_TEST_FULL") {
-        Some(_) => 1000,
-        None => few,
-    }
+    all_or(1000, few)
 }
 
 #[test]

@@ -2,5 +2,6 @@
 
 pub mod cli;
 pub mod control;
+pub mod holding;
 pub mod machine;
 pub mod patching;

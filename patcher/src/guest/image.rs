@@ -9,7 +9,8 @@ use object::elf::{FileHeader64, PT_LOAD, PT_NOTE};
 use object::read::elf::{FileHeader, ProgramHeader};
 
 use super::{
-    Activity, BlockKind, Gpa, GuestMemory, MemoryError, RamRange, StoppedGuest, Vcpu, VcpuRegisters,
+    Activity, BlockKind, Gpa, GuestMemory, Gva, MemoryError, RamRange, StoppedGuest, Vcpu,
+    VcpuRegisters,
 };
 
 /// Blocks are placed from here up when RAM ends below: clear of RAM and of every PCI window.
@@ -287,6 +288,13 @@ impl StoppedGuest for MemoryImage {
                 len: bytes.len() as u64,
             })?;
         to.copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn set_rip(&mut self, vcpu: u32, to: Gva) -> Result<(), MemoryError> {
+        let mut vcpus = self.vcpus.iter_mut();
+        let vcpu = vcpus.find(|known| known.index == vcpu);
+        vcpu.ok_or(MemoryError::ReadOnly)?.registers.rip = to.0;
         Ok(())
     }
 

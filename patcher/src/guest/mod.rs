@@ -69,4 +69,10 @@ pub trait StoppedGuest: GuestMemory {
     /// # Errors
     /// [`MemoryError::NoSlot`] when no block of [`StoppedGuest::add_block`] starts at `at`.
     fn remove_block(&mut self, at: Gpa) -> Result<(), MemoryError>;
+
+    /// Has a vCPU go on at `to`. [`StoppedGuest::vcpus`] tells so from then on.
+    ///
+    /// # Errors
+    /// [`MemoryError::ReadOnly`] where registers cannot be changed, or there is no such vCPU.
+    fn set_rip(&mut self, vcpu: u32, to: Gva) -> Result<(), MemoryError>;
 }

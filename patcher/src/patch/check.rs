@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use super::PatchError;
+use super::breakpoint::Spins;
 use super::knowledge::{Function, Knowledge};
 use super::ledger::Ledger;
-use super::report::{Evidence, FtraceMark};
+use super::report::{Applied, Evidence, FtraceMark, Kind};
 use super::retire::Retirement;
 use crate::grace::interior;
 use crate::guest::{Activity, Gva, LinkAddr, StoppedGuest, Vcpu};
@@ -23,6 +24,7 @@ pub(super) struct Check<'a> {
     pub(super) guest: &'a dyn StoppedGuest,
     pub(super) ledger: &'a Ledger,
     pub(super) retired: &'a Retirement,
+    pub(super) spins: &'a Spins,
 }
 
 impl Check<'_> {
@@ -112,7 +114,8 @@ impl Check<'_> {
         }
     }
 
-    /// The bytes from the start of `function` to beyond `end`.
+    /// The bytes from the start of `function` to beyond `end`: where jumps and traps of ours are, the
+    /// instructions that they took the place of, without which those behind them cannot be told.
     pub(super) fn code(&self, function: &Function, end: LinkAddr) -> Result<Vec<u8>, PatchError> {
         let slide = self.located.slide;
         let space = self.located.space(&self.guest);
@@ -130,6 +133,10 @@ impl Check<'_> {
         if space.read(start, &mut code).is_err() {
             code.truncate(len);
             space.read(start, &mut code)?;
+        }
+        let hides = |entry: &&Applied| matches!(entry.kind, Kind::Probe | Kind::Breakpoint);
+        for entry in self.ledger.applied().filter(hides) {
+            restore(&mut code, start, entry);
         }
         Ok(code)
     }
@@ -211,12 +218,24 @@ impl Check<'_> {
 
     /// Code of ours, retired code too, and where it goes on by itself.
     fn generated(&self) -> impl Iterator<Item = (Range<Gva>, &[Gva])> {
-        let applied = self.ledger.applied().filter_map(|entry| {
+        let applied = self.ledger.applied().chain(self.spins.all());
+        let applied = applied.filter_map(|entry| {
             let placed = entry.code.as_ref()?;
             Some((placed.code, placed.goes_on.as_slice()))
         });
         let all = applied.chain(self.retired.going_on());
         all.map(|(code, goes_on)| (code.range(), goes_on))
+    }
+}
+
+/// Puts what was there before `entry` into a copy of the bytes from `start` on.
+fn restore(code: &mut [u8], start: Gva, entry: &Applied) {
+    for (index, byte) in (0..).zip(&entry.before.0) {
+        let offset = entry.address.offset(index).distance_from(start);
+        let at = usize::try_from(offset).ok().and_then(|at| code.get_mut(at));
+        if let Some(at) = at {
+            *at = *byte;
+        }
     }
 }
 

@@ -142,6 +142,17 @@ pub enum PatchError {
         /// What was unhooked and somebody may still be in.
         waiting: Vec<Retired>,
     },
+    /// The hypervisor cannot hear of breakpoints.
+    #[error("breakpoints cannot be had in this guest: {0}")]
+    NoBreakpoints(String),
+    /// A vCPU is not where something is possible.
+    #[error("vCPU {vcpu} cannot be held softly where it is: {why}")]
+    NotHere {
+        /// The vCPU.
+        vcpu: u32,
+        /// Why not.
+        why: String,
+    },
     /// A cookie that was never given.
     #[error("there is no grace period {cookie}: the last cookie that was given is {last}")]
     NoSuchCookie {
@@ -195,7 +206,8 @@ impl PatchError {
             Self::Busy(_)
             | Self::Occupied { .. }
             | Self::Waiting { .. }
-            | Self::Underway { .. } => true,
+            | Self::Underway { .. }
+            | Self::NotHere { .. } => true,
             Self::Tasks(error) => error.passes(),
             Self::Locate(error) => matches!(error, LocateError::Nested),
             _ => false,
@@ -228,6 +240,8 @@ impl PatchError {
             Self::Mismatch { .. } => "BytesDiffer",
             Self::NotOurs { .. } => "NotOurs",
             Self::Owned { .. } => "Owned",
+            Self::NoBreakpoints(_) => "NoBreakpoints",
+            Self::NotHere { .. } => "NotHere",
             Self::Occupied { .. } => "Occupied",
             Self::Tasks(_) => "TasksUnknown",
             Self::Read(_) | Self::Copy(_) => "Unreadable",

@@ -1,4 +1,5 @@
-//! Putting a jump to new code into a site: what redirects and probes have in common.
+//! Putting a jump to new code into a site, or a trap: what redirects, probes and breakpoints have in
+//! common.
 
 use super::placing::{NewPlace, Placing, give_back};
 use super::report::{Applied, Bytes, Evidence, FtraceMark, Kind, Origin, PlacedCode};
@@ -9,7 +10,10 @@ use crate::guest::{Gva, StoppedGuest};
 use crate::patch::code::Code;
 use crate::space::Located;
 
-/// Code, and where to jump to it from.
+/// What a trap is made of.
+const INT3: u8 = 0xcc;
+
+/// Code, and where a jump or a trap is to lead to it from.
 pub(super) struct Lead<'a> {
     /// Where the jump goes.
     pub(super) at: Gva,
@@ -21,9 +25,27 @@ pub(super) struct Lead<'a> {
     pub(super) entry: u64,
     /// Where the code goes on in the guest's own text by itself.
     pub(super) goes_on: Vec<Gva>,
+    pub(super) means: Means,
 }
 
-/// A jump that was made.
+/// What leads a vCPU from a site to code.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Means {
+    Jump,
+    /// An `int3`, after which the hypervisor says where it goes on.
+    Trap,
+}
+
+impl Means {
+    fn bytes(self, at: Gva, entry: Gva) -> Result<Vec<u8>, PatchError> {
+        match self {
+            Self::Jump => Ok(jump(at, entry)?.to_vec()),
+            Self::Trap => Ok(vec![INT3]),
+        }
+    }
+}
+
+/// A jump or a trap that was made.
 pub(super) struct Led {
     pub(super) placed: PlacedCode,
     pub(super) content: Content,
@@ -31,7 +53,7 @@ pub(super) struct Led {
     pub(super) after: Bytes,
 }
 
-/// A jump that was checked and is ready to be made for the first time.
+/// A jump or a trap that was checked and is ready to be made for the first time.
 pub(super) struct Hook<'a> {
     pub(super) kind: Kind,
     /// The site as it was given.
@@ -43,7 +65,7 @@ pub(super) struct Hook<'a> {
 }
 
 impl Patcher {
-    /// Places the code and makes the jump: both or none.
+    /// Places the code and makes the jump or the trap: both or none.
     pub(super) fn lead(
         &mut self,
         guest: &mut dyn StoppedGuest,
@@ -57,14 +79,13 @@ impl Patcher {
             fresh,
         } = self.placing(found).place(guest, lead.code, lead.entry)?;
         placed.goes_on = lead.goes_on;
-        let changed = jump(lead.at, placed.entry).and_then(|jump| {
-            change(guest, found.root, lead.ftrace, lead.at, &jump)?;
-            Ok(jump)
+        let changed = lead.means.bytes(lead.at, placed.entry).and_then(|bytes| {
+            change(guest, found.root, lead.ftrace, lead.at, &bytes)?;
+            Ok(bytes)
         });
         match (changed, &mut self.arena) {
-            (Ok(jump), _) => {
-                let mut after = jump.to_vec();
-                after.extend(lead.before.iter().skip(jump.len()));
+            (Ok(mut after), _) => {
+                after.extend(lead.before.iter().skip(after.len()));
                 Ok(Led {
                     placed,
                     content,
@@ -82,7 +103,7 @@ impl Patcher {
         }
     }
 
-    /// Makes a jump where there was none.
+    /// Makes a jump or a trap where there was none.
     pub(super) fn hook(
         &mut self,
         guest: &mut dyn StoppedGuest,

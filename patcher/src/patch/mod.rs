@@ -8,6 +8,7 @@
 
 pub mod code;
 
+mod breakpoint;
 mod check;
 mod error;
 mod grace;
@@ -24,8 +25,10 @@ mod retire;
 mod stacks;
 mod text_patch;
 mod tracepoint;
+mod trap;
 mod writing;
 
+pub use breakpoint::{Breakpoint, BreakpointRequest, Settled, Spinning};
 pub use error::PatchError;
 pub use grace::Cookie;
 pub use inspect::{Compared, TextCopy};
@@ -43,3 +46,4 @@ pub use text_patch::{MAX_TEXT, PreparedText, TextRequest};
 pub use tracepoint::{
     Outcome, PreparedTracepoint, TracepointInfo, TracepointRequest, TracepointState, USUAL_PRIORITY,
 };
+pub use trap::{TRAP_PORT, TrapHandler};

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::breakpoint::Spins;
 use super::check::Check;
-use super::hook::{Hook, Lead};
+use super::hook::{Hook, Lead, Means};
 use super::knowledge::Knowledge;
 use super::ledger::Ledger;
 use super::probe::ProbeSites;
@@ -15,6 +16,7 @@ use super::report::{
 use super::retire::{Content, Leaving, Retirement};
 use super::text_patch::{PreparedText, TextRequest};
 use super::tracepoint::Tracepoints;
+use super::trap::TrapHandler;
 use super::writing::{change, is_there, may_go, unmark};
 use super::{EntryId, PatchError};
 use crate::Kernel;
@@ -45,6 +47,10 @@ pub struct Patcher {
     pub(super) retired: Retirement,
     pub(super) sites: ProbeSites,
     pub(super) tracepoints: Tracepoints,
+    /// Where the hypervisor hears of breakpoints, while there are any.
+    pub(super) trap: Option<(EntryId, TrapHandler)>,
+    /// Loops in which a vCPU is held.
+    pub(super) spins: Spins,
 }
 
 impl Patcher {
@@ -62,6 +68,8 @@ impl Patcher {
             retired: Retirement::default(),
             sites: ProbeSites::new(),
             tracepoints: Tracepoints::new(),
+            trap: None,
+            spins: Spins::default(),
         })
     }
 
@@ -231,6 +239,7 @@ impl Patcher {
                 code: &prepared.code,
                 entry: ready.entry,
                 goes_on: Vec::new(),
+                means: Means::Jump,
             },
         };
         self.hook(guest, &found, hook, origin)
@@ -247,10 +256,22 @@ impl Patcher {
         id: EntryId,
         origin: &Origin,
     ) -> Result<Reverted, PatchError> {
+        self.is_no_part_of_a_hold(id)?;
+        self.revert_for(guest, id, id, origin)
+    }
+
+    /// The same, where the code is then told of by the number `told`.
+    pub(super) fn revert_for(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        id: EntryId,
+        told: EntryId,
+        origin: &Origin,
+    ) -> Result<Reverted, PatchError> {
         let found = self.identify(guest)?;
         self.ledger.get(id).ok_or(PatchError::NoSuchEntry { id })?;
         self.check(&found, guest).idle()?;
-        let (entry, evidence) = self.unhook(guest, &found, id, id, origin)?;
+        let (entry, evidence) = self.unhook(guest, &found, id, told, origin)?;
         Ok(Reverted {
             entry,
             evidence,
@@ -281,7 +302,8 @@ impl Patcher {
         self.ledger.revert(id, origin.clone());
         if let Some(content) = self.contents.remove(&id) {
             if let Some(placed) = &entry.code {
-                let leaving = Leaving::new(told, placed, content, origin.at_ms);
+                let leaving = Leaving::new(told, placed, content, origin.at_ms)
+                    .sleeps(entry.kind != Kind::Breakpoint);
                 let leaving = self.leave_site(id, leaving);
                 self.retired.add(leaving);
             }
@@ -306,6 +328,7 @@ impl Patcher {
     pub fn list(&self) -> Listing {
         Listing {
             applied: self.ledger.applied().cloned().collect(),
+            held: self.spins.all().cloned().collect(),
             retired: self.retired.report(),
             closed: self.ledger.closed().cloned().collect(),
             arena: self.arena.as_ref().map(Arena::report),
@@ -320,6 +343,8 @@ impl Patcher {
         self.retired.clear();
         self.sites.clear();
         let tracepoints = std::mem::take(&mut self.tracepoints);
+        self.trap = None;
+        self.spins.clear();
         Forgotten {
             lost: self.ledger.void(why),
             tracepoints: tracepoints.into_keys().collect(),
@@ -354,6 +379,7 @@ impl Patcher {
             guest,
             ledger: &self.ledger,
             retired: &self.retired,
+            spins: &self.spins,
         }
     }
 
@@ -412,7 +438,7 @@ impl Patcher {
     /// Whether there is any change in the guest.
     #[must_use]
     pub fn has_applied(&self) -> bool {
-        self.ledger.applied().next().is_some()
+        self.ledger.applied().next().is_some() || !self.spins.is_empty()
     }
 
     /// Whether there is retired code that is freed when nobody is in it any more.
@@ -423,7 +449,7 @@ impl Patcher {
 
     /// Nothing of ours is in the guest.
     fn is_idle(&self) -> bool {
-        self.arena.is_none() && self.ledger.applied().next().is_none()
+        self.arena.is_none() && self.spins.is_empty() && self.ledger.applied().next().is_none()
     }
 
     fn remember(&mut self, located: Located) -> Arc<Located> {

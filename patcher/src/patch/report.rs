@@ -54,6 +54,10 @@ pub enum Kind {
     Redirect,
     /// A jump from anywhere in a function to a trampoline, which comes back.
     Probe,
+    /// An `int3`, at which one vCPU is to be held; the others go through a trampoline.
+    Breakpoint,
+    /// What tells the hypervisor of every `int3`, in the guest's own handler.
+    Trap,
 }
 
 /// Why it was safe to change the bytes in this stop.
@@ -215,6 +219,8 @@ pub enum End {
 pub struct Listing {
     /// Changes that are in the guest now.
     pub applied: Vec<Applied>,
+    /// Loops in which a vCPU is held.
+    pub held: Vec<Applied>,
     /// Code that still takes room.
     pub retired: Vec<Retired>,
     /// Changes that are over, the latest last; old ones are forgotten.

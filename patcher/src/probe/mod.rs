@@ -5,7 +5,11 @@
 //! the stack are as they would be without the probe, for every instruction that is moved; what
 //! cannot be moved is refused by name. Moved code holds no return address of its own: a call is
 //! made to return to where it stood.
+//!
+//! A breakpoint has the same for one instruction ([`aside`]): whoever is not to stop there runs it
+//! elsewhere.
 
+mod aside;
 mod asm;
 mod callback;
 mod displace;
@@ -13,6 +17,7 @@ mod errand;
 mod order;
 mod trampoline;
 
+pub(crate) use aside::{OPEN, aside, spin};
 pub(crate) use asm::PerCpu;
 pub use callback::{Comparison, Needs, Predicate, PredicateError, Register, UnknownRegister};
 pub use displace::DisplaceError;

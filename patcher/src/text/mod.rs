@@ -17,7 +17,8 @@ mod write;
 pub use busy::{Busy, BusyError, BusyLayout};
 pub use decode::{DecodeError, hex};
 pub(crate) use decode::{
-    EntrySite, MAX_INSTRUCTION, NOP5, boundaries, branches_into, entry_site, indirect_jump, whole,
+    EntrySite, MAX_INSTRUCTION, NOP5, boundaries, branches_into, entry_site, indirect_jump,
+    instruction_len, whole,
 };
 pub use ftrace::{FtraceError, FtraceLayout, FtraceRecord};
 pub use kprobes::KprobesLayout;

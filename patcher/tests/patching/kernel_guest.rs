@@ -301,6 +301,12 @@ impl KernelGuest {
             let data = domain.at(SLIDE).offset(self.field("srcu_struct", "sda"));
             self.put_u64(data, size - 0x1000);
         }
+        let handler = self.at("asm_exc_int3").0.to_le_bytes();
+        let [a, b, c, d, high @ ..] = handler;
+        // Gate 3: present, DPL 3, interrupt gate.
+        let gate = self.at("idt_table").offset(3 * 16);
+        self.put(gate, &[a, b, 0x10, 0, 0, 0xee, c, d]);
+        self.put(gate.offset(8), &high);
         let init = self.at("init_task");
         let signals = self.at("init_signals");
         let stack = self
@@ -397,6 +403,7 @@ impl KernelGuest {
             cs: 0x10,
             ss: 0x18,
             lstar: self.at("entry_SYSCALL_64").0,
+            idt_base: self.at("idt_table").0,
             gs_base: self
                 .space()
                 .read_u64(self.at("__per_cpu_offset").offset(u64::from(index) * 8))

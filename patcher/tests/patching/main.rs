@@ -8,6 +8,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod breakpoint;
 mod compare;
 mod damage;
 mod kernel_guest;

@@ -124,7 +124,7 @@ pub enum ClientCommand {
     #[command(subcommand)]
     Gp(GpCommand),
     /// Hold and release single vCPUs
-    #[command(subcommand, hide = true)]
+    #[command(subcommand)]
     Vcpu(VcpuCommand),
 }
 
@@ -387,17 +387,31 @@ pub enum GpCommand {
 #[derive(Subcommand, Debug)]
 pub enum VcpuCommand {
     /// Hold one vCPU while the others run on
+    ///
+    /// It does not enter the guest at all: whatever waits there for an answer of this vCPU waits
+    /// until it is released. The guest's own watchdogs see that after some 10 to 20 seconds. Events
+    /// tell when it is held (VCPU_HELD), when it goes on and why (VCPU_RELEASED), and when it did not
+    /// get to the site (VCPU_NOT_REACHED).
     Hold {
         /// Its number
         index: u32,
-        /// Hold it when it gets there, not now
+        /// Hold it when it gets there, before the instruction at this site: `symbol`,
+        /// `symbol+0x12`, `symbol@2+0x12` or an address
         #[arg(long, value_name = "SITE")]
         at: Option<Site>,
-        /// Let it serve interrupts meanwhile
+        /// Let it serve interrupts meanwhile: it waits in a loop, and goes on where it was
         #[arg(long)]
         soft: bool,
+        /// Be done when it is set up, and do not wait until the vCPU gets there; the event VCPU_HELD
+        /// tells
+        #[arg(long, requires = "at")]
+        no_wait: bool,
+        /// How long the vCPU may take to get there, and then how long it is held before it is
+        /// released: 10s unless said otherwise, 1h at most
+        #[arg(long, value_name = "TIME")]
+        deadline: Option<Deadline>,
     },
-    /// Let a held vCPU go on
+    /// Let a held vCPU go on, or do not hold it when it gets there
     Release {
         /// Its number
         index: u32,

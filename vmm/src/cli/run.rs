@@ -10,6 +10,7 @@ use patcher::space::Bounds;
 use super::bounds::BoundsArgs;
 use super::signals::EndSignals;
 use crate::control::{BindError, ControlServer, ControlSocket, ServerError, command};
+use crate::holding;
 use crate::machine::{
     BootSource, End, Machine, MachineConfig, NamedFile, SerialTarget, StartError, restore_terminal,
 };
@@ -158,6 +159,7 @@ fn serve(
     let patching = Patching::new(machine.clone(), bounds);
     let mut registry = command::standard(patching::vmcoreinfo_source(machine));
     patching::register(&mut registry, &patching);
+    holding::register(&mut registry, machine, &patching);
     patching
         .start_looking()
         .map_err(|source| StartError::Host {

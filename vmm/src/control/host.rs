@@ -8,8 +8,8 @@ use std::time::Duration;
 use patcher::guest::{Gpa, GuestMemory, MemoryError, StoppedGuest};
 
 use crate::machine::{
-    CpuInfo, CpuState, EventSink, Machine, RamRegion, Resumed, RunState, StopError, StopTimes,
-    Stopped,
+    CpuInfo, CpuState, EventSink, HoldInfo, Machine, RamRegion, Resumed, RunState, StopError,
+    StopTimes, Stopped,
 };
 
 /// Work that is done while the guest is stopped.
@@ -43,6 +43,9 @@ pub trait Host: Send + Sync + 'static {
 
     /// The vCPUs.
     fn cpus(&self) -> Vec<CpuInfo>;
+
+    /// The vCPUs that are held one by one, or are to be.
+    fn holds(&self) -> Vec<HoldInfo>;
 
     /// Guest RAM and where it is in this process.
     fn regions(&self) -> Vec<RamRegion>;
@@ -109,6 +112,10 @@ impl Host for Machine {
 
     fn cpus(&self) -> Vec<CpuInfo> {
         Machine::cpus(self)
+    }
+
+    fn holds(&self) -> Vec<HoldInfo> {
+        Machine::holds(self)
     }
 
     fn regions(&self) -> Vec<RamRegion> {

@@ -14,6 +14,7 @@ use vmm_sys_util::signal::SIGRTMIN;
 
 use super::blocks::{Blocks, ram_slots};
 use super::boot::{self, BootSource};
+use super::breakpoints::Breakpoints;
 use super::bus::{Com1, PortBus};
 use super::cpuid;
 use super::layout::{COM1_IRQ, KVM_IDENTITY_MAP, KVM_TSS};
@@ -80,6 +81,12 @@ impl VcpuSlot {
         }
     }
 
+    /// Makes the next KVM_RUN finish what the last exit was about, and return. For the vCPU's own
+    /// thread, which undoes it at the gate.
+    pub(super) fn come_back(&self) {
+        self.set_immediate_exit(1);
+    }
+
     /// Undoes a kick.
     pub(super) fn unkick(&self) {
         self.set_immediate_exit(0);
@@ -110,6 +117,7 @@ pub(super) struct Board {
     com1: Com1,
     blocks: Blocks,
     ram: GuestRam,
+    breakpoints: Breakpoints,
 }
 
 /// What every incarnation is made from.
@@ -185,6 +193,7 @@ impl Board {
             blocks: Blocks::new(parts.ram, physical_bits(&supported)),
             bus: PortBus::new(com1.clone()),
             ram: parts.ram.clone(),
+            breakpoints: Breakpoints::default(),
             vm,
             vcpus,
             com1,
@@ -205,6 +214,10 @@ impl Board {
 
     pub(super) fn blocks(&self) -> &Blocks {
         &self.blocks
+    }
+
+    pub(super) fn breakpoints(&self) -> &Breakpoints {
+        &self.breakpoints
     }
 
     pub(super) fn ram(&self) -> &GuestRam {

@@ -6,11 +6,23 @@
 //! thread comes back from a kick only through EINTR, which KVM_RUN returns after completing
 //! pending accesses (Documentation/virt/kvm/api.rst, `immediate_exit`).
 //! Devices with threads of their own deliver input under a permit that a hold waits for.
+//!
+//! Single vCPUs can be kept here while the gate is open for the others: see [`held`] and [`one`].
+
+#[cfg(test)]
+mod fleet;
+mod held;
+mod one;
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::stop::StopError;
+pub(super) use held::{About, Arrival, Ticket};
+pub(super) use one::{Turn, Wanted};
+
+use held::Held;
+
+use super::stop::{StopError, TELL_CLOCK_AFTER};
 
 /// Where a vCPU thread is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -24,6 +36,8 @@ enum Seat {
 struct State {
     holds: u32,
     seats: Vec<Seat>,
+    /// Who is kept out by himself.
+    held: Held,
     first_parked: Option<Instant>,
     devices: u32,
     closing: bool,
@@ -46,7 +60,10 @@ pub(super) enum Pass {
     /// Enter the guest.
     Go,
     /// Enter the guest; it was parked, and what it executes may have been changed meanwhile.
-    GoAfterPark,
+    GoAfterPark {
+        /// It was held by itself so long that the guest's watchdog has to be told.
+        late: bool,
+    },
     /// End: the machine is taken down.
     Leave,
 }
@@ -84,6 +101,7 @@ impl Gate {
     pub(super) fn seat(&self, vcpus: usize) -> u64 {
         let mut state = self.lock();
         state.seats = vec![Seat::Running; vcpus];
+        state.held.begin(vcpus, Instant::now());
         state.closing = false;
         state.first_parked = None;
         state.generation += 1;
@@ -106,7 +124,9 @@ impl Gate {
 
     /// Tells every vCPU thread to leave at the gate.
     pub(super) fn close(&self) {
-        self.lock().closing = true;
+        let mut state = self.lock();
+        state.closing = true;
+        state.held.end_all(Instant::now());
         self.changed.notify_all();
     }
 
@@ -115,16 +135,25 @@ impl Gate {
     pub(super) fn pass(&self, index: usize, mut unkick: impl FnMut()) -> Pass {
         let mut state = self.lock();
         let mut parked = false;
+        let mut held_since = None;
         loop {
             if state.closing {
                 set(&mut state, index, Seat::Gone);
                 self.changed.notify_all();
                 return Pass::Leave;
             }
-            if state.holds == 0 {
+            let held = state.held.keeps_out(index);
+            if state.holds == 0 && !held {
                 set(&mut state, index, Seat::Running);
                 unkick();
-                return if parked { Pass::GoAfterPark } else { Pass::Go };
+                let late = held_since.is_some_and(|i: Instant| i.elapsed() > TELL_CLOCK_AFTER);
+                return match parked {
+                    true => Pass::GoAfterPark { late },
+                    false => Pass::Go,
+                };
+            }
+            if held {
+                held_since.get_or_insert_with(Instant::now);
             }
             if !parked {
                 parked = true;
@@ -281,85 +310,20 @@ pub(super) fn deadline_in(after: Duration) -> Instant {
 
 #[cfg(test)]
 mod tests {
+    use super::fleet::Fleet;
     use super::*;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
     use std::thread;
-
-    /// Threads that behave like vCPUs: they pass the gate, "run" until kicked, and come back.
-    struct Fleet {
-        gate: Arc<Gate>,
-        generation: u64,
-        kicks: Arc<Vec<AtomicBool>>,
-        inside: Arc<AtomicU32>,
-        threads: Vec<thread::JoinHandle<()>>,
-    }
-
-    impl Fleet {
-        fn start(count: usize) -> Self {
-            let gate = Arc::new(Gate::default());
-            let generation = gate.seat(count);
-            let kicks: Arc<Vec<AtomicBool>> =
-                Arc::new((0..count).map(|_| AtomicBool::new(false)).collect());
-            let inside = Arc::new(AtomicU32::new(0));
-            let threads = (0..count)
-                .map(|index| {
-                    let (gate, kicks, inside) = (gate.clone(), kicks.clone(), inside.clone());
-                    thread::spawn(move || {
-                        loop {
-                            let unkick = || kicks[index].store(false, Ordering::SeqCst);
-                            if gate.pass(index, unkick) == Pass::Leave {
-                                return;
-                            }
-                            inside.fetch_add(1, Ordering::SeqCst);
-                            while !kicks[index].load(Ordering::SeqCst) {
-                                thread::yield_now();
-                            }
-                            inside.fetch_sub(1, Ordering::SeqCst);
-                        }
-                    })
-                })
-                .collect();
-            Self {
-                gate,
-                generation,
-                kicks,
-                inside,
-                threads,
-            }
-        }
-
-        fn hold(&self) -> Result<Instant, StopError> {
-            self.gate.hold(
-                self.generation,
-                deadline_in(Duration::from_secs(10)),
-                |index| {
-                    self.kicks[index].store(true, Ordering::SeqCst);
-                },
-            )
-        }
-
-        fn end(self) {
-            self.gate.close();
-            for kick in self.kicks.iter() {
-                kick.store(true, Ordering::SeqCst);
-            }
-            for thread in self.threads {
-                thread.join().unwrap();
-            }
-        }
-    }
 
     #[test]
     fn nobody_is_inside_while_held_and_holds_nest() {
         let fleet = Fleet::start(3);
         for _ in 0..200 {
             fleet.hold().unwrap();
-            assert_eq!(fleet.inside.load(Ordering::SeqCst), 0);
+            assert_eq!(fleet.inside(), 0);
             fleet.hold().unwrap();
             fleet.gate.release();
             thread::yield_now();
-            assert_eq!(fleet.inside.load(Ordering::SeqCst), 0, "one hold is left");
+            assert_eq!(fleet.inside(), 0, "one hold is left");
             fleet.gate.release();
         }
         fleet.end();

@@ -8,11 +8,13 @@ mod autopsy;
 mod blocks;
 mod board;
 mod boot;
+mod breakpoints;
 mod bus;
 mod console;
 mod cpuid;
 mod event;
 mod gate;
+mod hold;
 mod input;
 mod kernel_file;
 mod layout;
@@ -33,6 +35,10 @@ use std::time::Duration;
 
 pub use boot::{BootSource, KernelKind, NamedFile, check_kernel};
 pub use event::{Event, EventSink, ResetCause, ShutdownCause};
+pub use hold::{
+    EndOfHold, HOLD_AT_MOST, HOLD_USUALLY, HoldEnd, HoldError, HoldInfo, HoldPhase, HoldRequest,
+    HoldSite, HoldTicket, Settle,
+};
 pub use kernel_file::KernelFileError;
 pub use memory::{GuestRam, RamRegion};
 pub use refused::RefusedWrite;
@@ -240,6 +246,100 @@ impl Machine {
         work: impl FnOnce(&mut Stopped<'_>) -> R,
     ) -> Result<(R, StopTimes), StopError> {
         self.shared.with_stopped(deadline, work)
+    }
+
+    /// Holds one vCPU hard, where it is. The hold ends by itself when its limit is over, with the event
+    /// VCPU_RELEASED.
+    ///
+    /// # Errors
+    /// [`HoldError`]; the vCPU runs as before.
+    pub fn hold_vcpu(&self, vcpu: u32, limit: Duration) -> Result<HoldInfo, HoldError> {
+        self.shared.hold_vcpu(vcpu, limit)
+    }
+
+    /// Whether a vCPU can be held, as far as other holds are concerned.
+    ///
+    /// # Errors
+    /// [`HoldError::NoSuchVcpu`], [`HoldError::AlreadyHeld`].
+    pub fn can_hold(&self, vcpu: u32) -> Result<(), HoldError> {
+        self.shared.can_hold(vcpu)
+    }
+
+    /// Begins a hold whose change is in the guest: in the stop in which that was made. Its end is seen
+    /// to by [`Machine::keep_hold`].
+    ///
+    /// # Errors
+    /// [`HoldError`]: there is another hold, or the guest has ended.
+    pub fn begin_hold(&self, request: HoldRequest) -> Result<HoldTicket, HoldError> {
+        self.shared.begin_hold(request)
+    }
+
+    /// Sees to the end of a hold, and tells of its turns by events. `settle` is called before each.
+    ///
+    /// # Errors
+    /// [`HoldError::NoThread`]; the hold is then over.
+    pub fn keep_hold(&self, ticket: &HoldTicket, settle: Settle) -> Result<(), HoldError> {
+        self.shared.keep_hold(ticket, settle)
+    }
+
+    /// How far a hold is. `None` when it is over.
+    #[must_use]
+    pub fn hold_info(&self, ticket: &HoldTicket) -> Option<HoldInfo> {
+        self.shared.hold_info(ticket)
+    }
+
+    /// A breakpoint was set in the guest, in this stop.
+    pub fn breakpoint_set(&self, breakpoint: &patcher::patch::Breakpoint) {
+        if let Some(board) = self.shared.board() {
+            board.breakpoints().add(breakpoint);
+        }
+    }
+
+    /// Somebody looked after a breakpoint, in this stop.
+    pub fn breakpoint_settled(
+        &self,
+        id: patcher::patch::EntryId,
+        settled: &patcher::patch::Settled,
+    ) {
+        if let Some(board) = self.shared.board() {
+            board.breakpoints().settled(id, settled);
+        }
+    }
+
+    /// The kernel is gone that breakpoints were in.
+    pub fn breakpoints_gone(&self) {
+        if let Some(board) = self.shared.board() {
+            board.breakpoints().clear();
+        }
+    }
+
+    /// Waits until the vCPU of a hold stands still, or the hold is over; `None`: neither in this time.
+    #[must_use]
+    pub fn wait_held(
+        &self,
+        ticket: &HoldTicket,
+        at_most: Duration,
+    ) -> Option<Result<HoldInfo, EndOfHold>> {
+        self.shared.wait_held(ticket, at_most)
+    }
+
+    /// Ends a hold that nobody wants any more, if it is not over.
+    pub fn give_up_hold(&self, ticket: &HoldTicket) {
+        self.shared.give_up_hold(ticket);
+    }
+
+    /// Lets a held vCPU go on, or takes back what waits for it.
+    ///
+    /// # Errors
+    /// [`HoldError::NoSuchVcpu`], [`HoldError::NotHeld`], [`StopError::Ended`].
+    pub fn release_vcpu(&self, vcpu: u32) -> Result<EndOfHold, HoldError> {
+        self.shared.release_vcpu(vcpu)
+    }
+
+    /// The holds that are not over, by vCPU.
+    #[must_use]
+    pub fn holds(&self) -> Vec<HoldInfo> {
+        self.shared.gate.holds()
     }
 
     /// Gets memory ready for a block of `len` bytes of code, which a stopped guest would wait for.

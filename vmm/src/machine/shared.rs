@@ -17,7 +17,7 @@ use super::memory::GuestRam;
 use super::refused::RefusedWrite;
 use super::serial::Outbox;
 use super::start::StartError;
-use super::stop::{Memory, StopError, StopTimes, Stopped, tell_clock};
+use super::stop::{Memory, StopError, StopTimes, Stopped, TELL_CLOCK_AFTER, tell_clock};
 use super::supervisor::{Wish, preflight};
 use super::vcpu::{Ending, Reports};
 use super::{BootSource, CpuInfo, MachineConfig, Resumed, RunState};
@@ -161,6 +161,12 @@ impl Shared {
         lock(&self.state).board.clone()
     }
 
+    /// The current board, and the incarnation that it is.
+    pub(super) fn current(&self) -> Option<(Arc<Board>, u64)> {
+        let state = lock(&self.state);
+        state.board.clone().map(|board| (board, state.incarnation))
+    }
+
     pub(super) fn get_block_ready(&self, len: u64) {
         if let Some(board) = self.board() {
             board.blocks().get_ready(len);
@@ -194,11 +200,7 @@ impl Shared {
 
     /// Stops the vCPUs of the board that is current now, if there is one.
     fn try_hold(&self, deadline: Instant) -> Result<(Arc<Board>, Instant), StopError> {
-        let (board, generation) = {
-            let state = lock(&self.state);
-            (state.board.clone(), state.incarnation)
-        };
-        let board = board.ok_or(StopError::Ended)?;
+        let (board, generation) = self.current().ok_or(StopError::Ended)?;
         let first_parked = self.gate.hold(generation, deadline, |index| {
             if let Some(slot) = board.vcpus().get(index) {
                 slot.kick();
@@ -340,8 +342,6 @@ impl Shared {
     }
 }
 
-/// A stop shorter than this needs no word to the guest's watchdogs, which look every few seconds.
-const TELL_CLOCK_AFTER: Duration = Duration::from_millis(100);
 /// How long a resume waits for another operation before it goes on without telling the clock.
 const TELL_CLOCK_PATIENCE: Duration = Duration::from_millis(100);
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
-use patcher::guest::{BlockKind, Gpa, GuestMemory, MemoryError, RamRange, StoppedGuest, Vcpu};
+use patcher::guest::{BlockKind, Gpa, GuestMemory, Gva, MemoryError, RamRange, StoppedGuest, Vcpu};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::board::Board;
@@ -99,6 +99,9 @@ impl<'a> Stopped<'a> {
     }
 }
 
+/// A stop shorter than this needs no word to the guest's watchdogs, which look every few seconds.
+pub(super) const TELL_CLOCK_AFTER: Duration = Duration::from_millis(100);
+
 /// Tells a vCPU's watchdog that time passed while it did not run.
 pub(super) fn tell_clock(fd: &VcpuFd) {
     // A vCPU that has not set up its clock page yet has no watchdog to tell.
@@ -158,6 +161,21 @@ impl StoppedGuest for Stopped<'_> {
                 .map_err(|_| out_of_range());
         }
         self.board.blocks().write(at, bytes)
+    }
+
+    fn set_rip(&mut self, vcpu: u32, to: Gva) -> Result<(), MemoryError> {
+        let index = usize::try_from(vcpu).unwrap_or(usize::MAX);
+        let fd = self.fds.get(index).ok_or(MemoryError::ReadOnly)?;
+        let set = || {
+            let mut regs = fd.get_regs()?;
+            regs.rip = to.0;
+            fd.set_regs(&regs)
+        };
+        set().map_err(|_| MemoryError::ReadOnly)?;
+        if let Some(vcpu) = self.vcpus.get_mut(index) {
+            vcpu.registers.rip = to.0;
+        }
+        Ok(())
     }
 
     fn add_block(&mut self, len: u64, kind: BlockKind) -> Result<Gpa, MemoryError> {

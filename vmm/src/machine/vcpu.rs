@@ -5,10 +5,12 @@ use std::sync::Arc;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::autopsy::Panic;
-use super::board::Board;
+use super::board::{Board, VcpuSlot};
+use super::breakpoints;
 use super::bus::Request;
 use super::gate::{Gate, Pass};
 use super::refused::{self, RefusedWrite};
+use super::stop::tell_clock;
 
 /// Why a vCPU's thread ended the machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -41,13 +43,19 @@ pub(super) fn run(
     };
     slot.set_tid();
     loop {
-        match gate.pass(index, || slot.unkick()) {
+        let late = match gate.pass(index, || slot.unkick()) {
             Pass::Leave => return,
-            Pass::Go => {}
-            Pass::GoAfterPark => serialise(),
-        }
+            Pass::Go => false,
+            Pass::GoAfterPark { late } => {
+                serialise();
+                late
+            }
+        };
         let mut fd = slot.lock();
-        let ending = stay_in_guest(&mut fd, board, index, reports);
+        if late {
+            tell_clock(&fd);
+        }
+        let ending = stay_in_guest(&mut fd, slot, gate, board, index, reports);
         drop(fd);
         if let Some(ending) = ending {
             reports.ended(generation, ending);
@@ -64,16 +72,24 @@ fn serialise() {
     std::hint::black_box(std::arch::x86_64::__cpuid(0));
 }
 
-/// Runs the vCPU until it is kicked (`None`) or ends the machine.
+/// Runs the vCPU until it is kicked or runs into a breakpoint (`None`), or ends the machine.
 fn stay_in_guest(
     fd: &mut VcpuFd,
+    slot: &VcpuSlot,
+    gate: &Gate,
     board: &Board,
     index: usize,
     reports: &dyn Reports,
 ) -> Option<Ending> {
+    let mut trapped = false;
     loop {
         match fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => board.bus().read(port, data),
+            Ok(VcpuExit::IoOut(port, _)) if board.breakpoints().may_be(port) => {
+                // Registers are settled when KVM has completed the write.
+                trapped = true;
+                slot.come_back();
+            }
             Ok(VcpuExit::IoOut(port, data)) => match board.bus().write(board.vm(), port, data) {
                 None => {}
                 Some(Request::PowerOff) => return Some(Ending::PowerOff),
@@ -104,7 +120,13 @@ fn stay_in_guest(
             }
             // A kick; on a vCPU that waits for its SIPI also "not runnable yet".
             Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {
-                return None;
+                let sorted = match trapped {
+                    true => breakpoints::sort(fd, gate, board, index),
+                    false => Ok(()),
+                };
+                return sorted
+                    .err()
+                    .map(|what| Ending::Error(format!("vCPU {index}: {what}")));
             }
             Err(error) => return Some(Ending::Error(format!("vCPU {index}: KVM_RUN: {error}"))),
         }

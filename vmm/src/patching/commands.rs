@@ -157,8 +157,13 @@ pub(super) fn object(path: &std::path::Path) -> Result<Vec<u8>, QmpError> {
 }
 
 pub(super) fn origin(context: &Context) -> Origin {
+    origin_of(context.peer.to_string())
+}
+
+/// Somebody, now.
+pub(crate) fn origin_of(who: String) -> Origin {
     Origin {
-        who: context.peer.to_string(),
+        who,
         at_ms: now_ms(),
     }
 }

@@ -1,12 +1,16 @@
 //! `gp-snapshot`, `gp-poll`, `gp-wait` and `query-holdouts`.
 
+use std::time::Duration;
+
 use patcher::grace::Holdout;
-use patcher::patch::{Collected, Cookie, EntryId};
+use patcher::guest::StoppedGuest;
+use patcher::patch::{Collected, Cookie, EntryId, Patcher};
+use patcher::tasks::Context as Whose;
 use serde::{Deserialize, Serialize};
 
 use super::commands::invalid;
 use super::session::Patching;
-use crate::control::command::{DeadlineArgument, NoArguments, Registry};
+use crate::control::command::{Context, DeadlineArgument, NoArguments, Registry};
 use crate::control::protocol::QmpError;
 
 #[derive(Deserialize, Debug)]
@@ -19,6 +23,13 @@ struct GpPoll {
 #[serde(deny_unknown_fields)]
 struct GpWait {
     cookie: String,
+    #[serde(default)]
+    deadline: DeadlineArgument,
+}
+
+#[derive(Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+struct QueryHoldouts {
     #[serde(default)]
     deadline: DeadlineArgument,
 }
@@ -51,6 +62,45 @@ struct Held {
     since_ms: u64,
     #[serde(flatten)]
     holdout: Holdout,
+    /// The vCPU that it is on, when that stands still because of a client.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held_vcpu: Option<u32>,
+}
+
+/// A vCPU that stands still because of a client, and the task on it.
+struct Still {
+    vcpu: u32,
+    pid: Option<u32>,
+}
+
+impl Still {
+    fn is(&self, whose: &Whose) -> bool {
+        match whose {
+            Whose::Vcpu { index } => *index == self.vcpu,
+            Whose::Task { pid, .. } => *pid != 0 && Some(*pid) == self.pid,
+            Whose::Cpu { .. } | Whose::Unknown => false,
+        }
+    }
+}
+
+/// The vCPUs that are held hard. Costs the guest nothing when there are none.
+fn still(patching: &Patching, context: &Context, within: Duration) -> Result<Vec<Still>, QmpError> {
+    let holds = context.services.host().holds();
+    let held: Vec<_> = holds.iter().filter(|hold| hold.is_still()).collect();
+    if held.is_empty() {
+        return Ok(Vec::new());
+    }
+    let look = |patcher: &mut Patcher, guest: &mut dyn StoppedGuest| patcher.vcpus(guest);
+    let told = patching.stopped(context, "query-holdouts", within, look)?;
+    let vcpus = told.into_answer();
+    let pid_on = |vcpu: u32| vcpus.iter().find(|told| told.index == vcpu)?.pid;
+    Ok(held
+        .iter()
+        .map(|hold| Still {
+            vcpu: hold.vcpu,
+            pid: pid_on(hold.vcpu),
+        })
+        .collect())
 }
 
 #[derive(Serialize)]
@@ -59,6 +109,18 @@ struct Holdouts {
     holdouts: Vec<Held>,
     /// Changes whose code nobody has looked for yet.
     unjudged: Vec<EntryId>,
+}
+
+/// The holdout, with what holds it.
+fn held_by(holdout: &Holdout, still: &[Still]) -> Holdout {
+    let mut holdout = holdout.clone();
+    if let Some(still) = still.iter().find(|still| still.is(&holdout.context)) {
+        holdout.missing = format!(
+            "vCPU {} is held by vcpu-hold; {}",
+            still.vcpu, holdout.missing
+        );
+    }
+    holdout
 }
 
 fn cookie(text: &str) -> Result<Cookie, QmpError> {
@@ -97,9 +159,17 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
         if p.with(|patcher| patcher.gp_poll(at))? {
             return Ok(serde_json::json!({ "cookie": arguments.cookie, "passed": true }));
         }
-        let waited = p.stopped(context, "gp-wait", within, |patcher, guest| {
-            patcher.gp_wait(guest, at)
-        })?;
+        let waited = p
+            .stopped(context, "gp-wait", within, |patcher, guest| {
+                patcher.gp_wait(guest, at)
+            })
+            .map_err(|error| {
+                let holds = context.services.host().holds();
+                let still = holds.iter().filter(|hold| hold.is_still());
+                still.fold(error, |error, hold| {
+                    error.and(&format!("; vCPU {} is held by vcpu-hold", hold.vcpu))
+                })
+            })?;
         p.retired(waited.answer());
         let waited = waited.map(|collected| Waited {
             cookie: arguments.cookie,
@@ -109,14 +179,19 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
         serde_json::to_value(waited).map_err(|error| invalid("answer", error))
     });
     let p = patching.clone();
-    registry.slow("query-holdouts", move |_, _: NoArguments| {
+    registry.slow("query-holdouts", move |context, query: QueryHoldouts| {
+        let still = still(&p, context, query.deadline.or_usual())?;
         let waiting = p.with(|patcher| Ok(patcher.waiting()))?;
         let unjudged = waiting.iter().filter(|retired| retired.held_by.is_empty());
         let held = waiting.iter().flat_map(|retired| {
             retired.holdouts.iter().map(|holdout| Held {
                 id: retired.id,
                 since_ms: retired.since_ms,
-                holdout: holdout.clone(),
+                holdout: held_by(holdout, &still),
+                held_vcpu: still
+                    .iter()
+                    .find(|still| still.is(&holdout.context))
+                    .map(|still| still.vcpu),
             })
         });
         Ok(Holdouts {

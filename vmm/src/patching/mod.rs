@@ -18,6 +18,7 @@ mod vmcoreinfo;
 
 use std::{io, thread};
 
+pub(crate) use commands::origin_of;
 pub use commands::register;
 pub use session::{Patching, StopReport, WithStop};
 pub use vmcoreinfo::vmcoreinfo_source;

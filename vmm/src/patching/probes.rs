@@ -200,7 +200,8 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
     let p = patching.clone();
     registry.slow("query-trampolines", move |_, _: NoArguments| {
         let listing = p.with(|patcher| Ok(patcher.list()))?;
-        let hooked = listing.applied.iter().filter_map(Trampoline::hooked);
+        let hooked = listing.applied.iter().chain(&listing.held);
+        let hooked = hooked.filter_map(Trampoline::hooked);
         let retired = listing.retired.iter().map(Trampoline::retired);
         Ok(Trampolines {
             trampolines: hooked.chain(retired).collect(),

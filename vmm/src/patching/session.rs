@@ -16,7 +16,7 @@ use patcher::space::Bounds;
 use super::error::refusal;
 use crate::control::command::{Context, StopRecord};
 use crate::control::protocol::{QmpError, Reason};
-use crate::machine::{Event, GuestRam, Machine, StopTimes};
+use crate::machine::{Event, GuestRam, Machine, StopError, StopTimes};
 
 /// The first pause between two tries; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
@@ -268,6 +268,47 @@ impl Patching {
         self.with(|patcher| look(patcher, &memory))
     }
 
+    /// The same for nobody who waits: until it succeeds, is refused for good, or the machine is
+    /// another one.
+    ///
+    /// # Errors
+    /// As [`Patching::stopped`], without a deadline.
+    pub fn persist<R>(
+        &self,
+        mut work: impl FnMut(&mut Patcher, &mut dyn StoppedGuest) -> Result<R, PatchError>,
+    ) -> Result<R, QmpError> {
+        let kernel = self.kernel()?;
+        let incarnation = self.machine.incarnation();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let tried = {
+                let mut state = self.lock();
+                if self.machine.incarnation() != incarnation {
+                    return Err(StopError::Ended.into());
+                }
+                let patcher = self.current(&mut state, kernel.clone())?;
+                self.machine
+                    .with_stopped(LOOK_DEADLINE, |guest| work(patcher, guest))
+            };
+            let stalled = match tried {
+                Ok((Ok(answer), _)) => return Ok(answer),
+                Ok((Err(error), times)) => {
+                    if let PatchError::Gone { why, lost } = &error {
+                        self.announce_gone(why, lost.iter().map(|id| id.0).collect());
+                    }
+                    if !error.passes() {
+                        return Err(refusal(&error));
+                    }
+                    times.stalled
+                }
+                Err(StopError::Ended) => return Err(StopError::Ended.into()),
+                Err(_) => Duration::ZERO,
+            };
+            thread::sleep(pause.max(stalled * RUN_PER_STOP).min(LOOK_EVERY));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
     /// The patcher for this incarnation of the machine.
     fn current<'s>(
         &self,
@@ -362,7 +403,7 @@ impl Patching {
     }
 
     /// Something was unhooked: tells what was freed at once, and has the rest looked after.
-    pub(super) fn retired(&self, collected: &Collected) {
+    pub fn retired(&self, collected: &Collected) {
         self.announce_freed(collected);
         if let Some(looking) = self
             .lock()
@@ -392,6 +433,7 @@ impl Patching {
     }
 
     fn announce_gone(&self, why: &str, changes: Vec<u64>) {
+        self.machine.breakpoints_gone();
         self.machine.announce(&Event::Own {
             name: "PATCHES_GONE",
             data: serde_json::json!({ "reason": why, "changes": changes }),

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::session::Patching;
 use crate::control::command::{DeadlineArgument, Registry};
+use crate::machine::HoldInfo;
 
 #[derive(Deserialize, Debug)]
 #[serde(deny_unknown_fields)]
@@ -36,6 +37,8 @@ struct VcpuRow {
     thread_id: Option<i32>,
     #[serde(flatten)]
     vcpu: VcpuReport,
+    /// How it is held by itself, when it is or is to be.
+    hold: Option<serde_json::Value>,
     /// Why nothing is told about the guest's kernel, when nothing is.
     no_kernel: Option<String>,
 }
@@ -60,13 +63,18 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
         let within = query.deadline.or_usual();
         let told = p.stopped(context, "query-vcpus", within, look)?;
         let (vcpus, no_kernel) = told.into_answer();
-        let cpus = context.services.host().cpus();
+        let host = context.services.host();
+        let (cpus, holds) = (host.cpus(), host.holds());
         let row = |vcpu: VcpuReport| VcpuRow {
             cpu_index: vcpu.index,
             thread_id: cpus
                 .iter()
                 .find(|cpu| cpu.index == vcpu.index)
                 .map(|cpu| cpu.thread_id),
+            hold: holds
+                .iter()
+                .find(|hold| hold.vcpu == vcpu.index)
+                .map(HoldInfo::to_value),
             vcpu,
             no_kernel: no_kernel.clone(),
         };

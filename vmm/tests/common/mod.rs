@@ -14,12 +14,13 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use patcher::guest::{
-    BlockKind, Gpa, GuestMemory, MemoryError, RamRange, StoppedGuest, Vcpu, VcpuRegisters,
+    BlockKind, Gpa, GuestMemory, Gva, MemoryError, RamRange, StoppedGuest, Vcpu, VcpuRegisters,
 };
 use serde_json::{Value, json};
 use vmm::control::{ControlServer, ControlSocket, Host, StoppedHost, StoppedWork, command};
 use vmm::machine::{
-    CpuInfo, CpuState, Event, EventSink, RamRegion, Resumed, RunState, StopError, StopTimes,
+    CpuInfo, CpuState, Event, EventSink, HoldInfo, RamRegion, Resumed, RunState, StopError,
+    StopTimes,
 };
 
 /// Below the hole of the 32-bit address space, and above it.
@@ -188,6 +189,10 @@ impl Host for FakeHost {
         self.vcpus.iter().map(one).collect()
     }
 
+    fn holds(&self) -> Vec<HoldInfo> {
+        Vec::new()
+    }
+
     fn regions(&self) -> Vec<RamRegion> {
         let region = |start, ram: &Vec<u8>| RamRegion {
             start: Gpa(start),
@@ -252,6 +257,10 @@ impl StoppedGuest for FakeStopped<'_> {
     }
 
     fn remove_block(&mut self, _at: Gpa) -> Result<(), MemoryError> {
+        Err(MemoryError::ReadOnly)
+    }
+
+    fn set_rip(&mut self, _vcpu: u32, _to: Gva) -> Result<(), MemoryError> {
         Err(MemoryError::ReadOnly)
     }
 }

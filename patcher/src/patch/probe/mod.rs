@@ -10,7 +10,7 @@ mod site;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::hook::{Hook, Lead};
+use super::hook::{Hook, Lead, Means};
 use super::knowledge::Knowledge;
 use super::report::{Applied, Evidence, Kind, Origin, PlacedCode, Reverted};
 use super::retire::{Content, Leaving};
@@ -223,6 +223,7 @@ impl Patcher {
                 code: &site.trampoline(std::slice::from_ref(&ready.act)),
                 entry: 0,
                 goes_on,
+                means: Means::Jump,
             },
         };
         let applied = match self.hook(guest, found, hook, origin) {
@@ -447,6 +448,7 @@ impl Patcher {
             code: &code,
             entry: 0,
             goes_on: old.goes_on.clone(),
+            means: Means::Jump,
         };
         let led = self.lead(guest, found, lead, origin)?;
         let old_content = self.contents.insert(change_id, led.content.clone());

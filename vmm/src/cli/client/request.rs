@@ -127,13 +127,7 @@ impl Task {
                 let arguments = json!({ "cookie": cookie, "deadline": deadline });
                 shown("gp-wait", arguments, render::passed)
             }
-            C::Vcpu(VcpuCommand::Hold { index, at, soft }) => ask(
-                "vcpu-hold",
-                json!({ "vcpu": index, "at": at.map(|s| s.0), "soft": soft }),
-            ),
-            C::Vcpu(VcpuCommand::Release { index }) => {
-                ask("vcpu-release", json!({ "vcpu": index }))
-            }
+            C::Vcpu(command) => vcpu(command),
         }))
     }
 }
@@ -274,6 +268,34 @@ fn attach(
     }))
 }
 
+fn vcpu(command: VcpuCommand) -> Request {
+    match command {
+        VcpuCommand::Hold {
+            index,
+            at,
+            soft,
+            no_wait,
+            deadline,
+        } => Request {
+            show: render::held,
+            ..ask(
+                "vcpu-hold",
+                json!({
+                    "vcpu": index,
+                    "at": at.map(|s| s.0),
+                    "soft": soft.then_some(true),
+                    "wait": no_wait.then_some(false),
+                    "deadline": deadline.map(|d| d.as_millis()),
+                }),
+            )
+        },
+        VcpuCommand::Release { index } => Request {
+            show: render::released,
+            ..ask("vcpu-release", json!({ "vcpu": index }))
+        },
+    }
+}
+
 fn tracepoint(command: TracepointCommand) -> Result<Request, ClientError> {
     Ok(match command {
         TracepointCommand::Attach {
@@ -349,6 +371,7 @@ mod tests {
                 json!({"site": "f", "code": "c3"}),
             ),
             ("stillpoint text list", "query-text", json!(null)),
+            ("stillpoint vcpu hold 1", "vcpu-hold", json!({"vcpu": 1})),
             (
                 "stillpoint probe attach f+4 --deadline 1s",
                 "probe-attach",
@@ -384,9 +407,19 @@ mod tests {
             ),
             ("stillpoint gp wait 7", "gp-wait", json!({"cookie": "7"})),
             (
+                "stillpoint vcpu hold 1 --at f+4 --no-wait --deadline 2s",
+                "vcpu-hold",
+                json!({"vcpu": 1, "at": "f+4", "wait": false, "deadline": 2000}),
+            ),
+            (
                 "stillpoint vcpu hold 1 --soft",
                 "vcpu-hold",
                 json!({"vcpu": 1, "soft": true}),
+            ),
+            (
+                "stillpoint vcpu release 1",
+                "vcpu-release",
+                json!({"vcpu": 1}),
             ),
         ] {
             assert_eq!(request(line), (command, arguments), "{line}");

@@ -18,7 +18,13 @@ impl DeadlineArgument {
     /// The time given, or five seconds.
     #[must_use]
     pub fn or_usual(self) -> Duration {
-        self.0.unwrap_or(USUAL)
+        self.or(USUAL)
+    }
+
+    /// The time given, or another.
+    #[must_use]
+    pub fn or(self, usual: Duration) -> Duration {
+        self.0.unwrap_or(usual)
     }
 }
 

@@ -3,6 +3,7 @@
 //! [`anything`] shows whatever a command returns: an object as a list of its members, an array of
 //! objects as a table. Members whose name ends in `-us` are times.
 
+mod holding;
 mod insight;
 mod inspect;
 mod patching;
@@ -14,6 +15,7 @@ use std::fmt::Write;
 
 use serde_json::{Map, Value};
 
+pub(super) use holding::{held, released};
 pub(super) use insight::{modules, symbols, tasks};
 pub(super) use inspect::{inspected_dump, inspected_kernel, inspected_text};
 pub(super) use patching::{changed, kernel, list as text_list, reverted};

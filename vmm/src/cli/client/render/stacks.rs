@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use super::holding::hold_of;
 use super::patching::stalled;
 use super::{anything, plain};
 
@@ -14,6 +15,8 @@ fn task(task: &Value) -> String {
 
 /// `query-vcpus`.
 pub(in super::super) fn vcpus(answer: &Value) -> String {
+    let rows: Vec<_> = answer.as_array().into_iter().flatten().collect();
+    let any_held = rows.iter().any(|vcpu| !vcpu["hold"].is_null());
     let row = |vcpu: &Value| {
         let started = vcpu["activity"] != "not-started";
         let mode = match (vcpu["nested"].as_bool(), vcpu["cpl"].as_u64()) {
@@ -43,9 +46,11 @@ pub(in super::super) fn vcpus(answer: &Value) -> String {
         if let (Some(row), Value::Object(more)) = (row.as_object_mut(), more) {
             row.extend(more);
         }
+        if any_held {
+            row["held"] = json!(hold_of(&vcpu["hold"]));
+        }
         row
     };
-    let rows: Vec<_> = answer.as_array().into_iter().flatten().collect();
     let why = rows.first().and_then(|vcpu| vcpu["no-kernel"].as_str());
     let text = anything(&Value::Array(rows.iter().map(|vcpu| row(vcpu)).collect()));
     match why {
@@ -196,6 +201,17 @@ mod tests {
             "VCPU  THREAD  STATE        MODE  AT        TASK\n\
              0     42      running      user  0x401000  sh (pid 7)\n\
              1     43      not started  -     -         -\n"
+        );
+        let held = json!([
+            {"cpu-index": 0, "thread-id": 42, "activity": "running", "cpl": 0, "symbol": "f+0x4",
+             "hold": {"vcpu": 0, "state": "held", "left-us": 2_000_000}},
+            {"cpu-index": 1, "thread-id": 43, "activity": "halted", "cpl": 0, "symbol": "idle"},
+        ]);
+        assert_eq!(
+            vcpus(&held),
+            "VCPU  THREAD  STATE    MODE    AT     TASK  HELD\n\
+             0     42      running  kernel  f+0x4  -     for 2.000 s more\n\
+             1     43      halted   kernel  idle   -     -\n"
         );
     }
 }
