@@ -59,6 +59,17 @@ pub enum StopError {
     },
 }
 
+impl StopError {
+    /// It might have gone well with more time.
+    #[must_use]
+    pub const fn is_late(&self) -> bool {
+        matches!(
+            self,
+            Self::Deadline { .. } | Self::DeviceDeadline { .. } | Self::Busy { .. }
+        )
+    }
+}
+
 /// Proof that every vCPU is parked; dropping it lets go on exactly what it stopped.
 ///
 /// It holds each vCPU's own lock, which the vCPU's thread needs to enter guest mode: no vCPU can

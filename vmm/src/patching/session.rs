@@ -138,6 +138,11 @@ impl<R> WithStop<R> {
     }
 }
 
+fn out_of_time(in_the_way: &PatchError, stop: &StopReport) -> QmpError {
+    let text = format!("nothing was changed: {}", refusal(in_the_way));
+    QmpError::new(Reason::Deadline, text).and(&stop.told())
+}
+
 impl Patching {
     /// Nothing is opened yet. No look at the guest will go beyond `bounds`.
     #[must_use]
@@ -206,13 +211,22 @@ impl Patching {
         let deadline = Instant::now() + within;
         let mut pause = FIRST_PAUSE;
         let mut stop = StopReport::default();
+        let mut in_the_way = None;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let (result, times) = {
+            let tried = {
                 let mut state = self.lock();
                 let patcher = self.current(&mut state, kernel.clone())?;
                 self.machine
-                    .with_stopped(left.max(FIRST_PAUSE), |guest| work(patcher, guest))?
+                    .with_stopped(left.max(FIRST_PAUSE), |guest| work(patcher, guest))
+            };
+            let (result, times) = match (tried, &in_the_way) {
+                (Ok(tried), _) => tried,
+                // It would have been the last try: what stood in the way before says more.
+                (Err(error), Some(earlier)) if error.is_late() => {
+                    return Err(out_of_time(earlier, &stop));
+                }
+                (Err(error), _) => return Err(error.into()),
             };
             stop.add(times);
             context.services.record_stop(StopRecord {
@@ -237,8 +251,7 @@ impl Patching {
                 ));
             }
             if Instant::now() + pause >= deadline {
-                let text = format!("nothing was changed: {}", refusal(&error));
-                return Err(QmpError::new(Reason::Deadline, text).and(&stop.told()));
+                return Err(out_of_time(&error, &stop));
             }
             // Who only waits can wait until the guest has run for a while.
             let pause_at_least = match error {
@@ -253,6 +266,7 @@ impl Patching {
                 _ => LONGEST_PAUSE,
             };
             pause = (pause * 2).min(longest);
+            in_the_way = Some(error);
         }
     }
 
