@@ -53,8 +53,8 @@ impl Means {
                 .map(|field| field.offset)
                 .map_err(|why| lacks(why.to_string()))
         };
-        // 6.18 has renamed it.
-        let queue_pointer = symbol("system_percpu_wq").or_else(|_| symbol("system_wq"))?;
+        // Its workers run on any CPU: one that is delayed does not delay them. 6.18 has renamed it.
+        let queue_pointer = symbol("system_dfl_wq").or_else(|_| symbol("system_unbound_wq"))?;
         let bytes = types
             .size_of("work_struct")
             .map_err(|why| lacks(why.to_string()))?;
