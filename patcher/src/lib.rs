@@ -18,6 +18,7 @@ mod kernel;
 pub mod klog;
 pub mod patch;
 pub mod probe;
+pub mod rules;
 pub mod space;
 pub mod stack;
 pub mod symbols;

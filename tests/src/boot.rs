@@ -23,6 +23,7 @@ pub struct Boot {
     files: cpio::Files,
     args: Vec<String>,
     socket: Option<PathBuf>,
+    without_rules: Option<String>,
 }
 
 impl Boot {
@@ -37,6 +38,7 @@ impl Boot {
             files: Vec::new(),
             args: Vec::new(),
             socket: None,
+            without_rules: None,
         }
     }
 
@@ -84,6 +86,13 @@ impl Boot {
         self
     }
 
+    /// Leaves rules of safety out, by their names, separated by commas: see `patcher/src/rules.rs`.
+    /// For a test [`crate::on_kvm_breaking`].
+    pub fn without_rules(mut self, names: &str) -> Self {
+        self.without_rules = Some(names.to_owned());
+        self
+    }
+
     /// More arguments for `stillpoint run`.
     pub fn args(mut self, args: &[&str]) -> Self {
         self.args.extend(args.iter().map(|arg| (*arg).to_owned()));
@@ -121,7 +130,14 @@ impl Boot {
             .socket
             .clone()
             .unwrap_or_else(|| dir.path().join("vm.sock"));
-        let mut vmm = Command::new(needs::stillpoint()?);
+        let mut vmm = match &self.without_rules {
+            None => Command::new(needs::stillpoint()?),
+            Some(names) => {
+                let mut vmm = Command::new(needs::breakable()?);
+                vmm.env("STILLPOINT_WITHOUT_RULES", names);
+                vmm
+            }
+        };
         vmm.arg("run")
             .arg("--kernel")
             .arg(folder.join(self.image))

@@ -21,9 +21,11 @@ pub mod bench;
 mod boot;
 mod console;
 mod cpio;
+mod disassembly;
 mod extent;
 mod failure;
 mod guest;
+mod holding;
 pub mod lab;
 mod needs;
 mod place;
@@ -34,13 +36,16 @@ pub mod tally;
 mod trampolines;
 
 pub use boot::Boot;
+pub use disassembly::{Instruction, instructions, symbol};
 pub use extent::all_or;
 pub use failure::{Failure, TestResult};
 pub use guest::Guest;
+pub use holding::{armed, begin, done, hold, kept_apart, release};
 pub use needs::{
-    REPLACED, debug_kernel, drgn_script, initramfs, kernel, python_client, replacement, stillpoint,
+    REPLACED, breakable, debug_kernel, drgn_script, initramfs, kernel, python_client, replacement,
+    stillpoint,
 };
-pub use place::{on_host, on_kvm, on_kvm_then_here, on_kvm_with};
+pub use place::{on_host, on_kvm, on_kvm_breaking, on_kvm_then_here, on_kvm_with};
 pub use qmp::{Qmp, QmpError};
 pub use ran::Ran;
 pub use trampolines::{all_freed, take_sum};

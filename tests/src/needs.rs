@@ -1,7 +1,7 @@
 //! What tests need from the host: our binary, kernels, the initramfs. Made when first asked for.
 //!
 //! In the lab nothing can be built: whoever sends a test there has made everything before, and names
-//! the binary in `STILLPOINT_BIN`.
+//! the binaries in `STILLPOINT_BIN` and `STILLPOINT_BREAKABLE_BIN`.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -73,7 +73,29 @@ pub fn stillpoint() -> Result<PathBuf, Failure> {
     if let Some(path) = std::env::var_os("STILLPOINT_BIN") {
         return Ok(PathBuf::from(path));
     }
-    BUILT.get_or_init(build).clone().map_err(Failure::new)
+    let built = BUILT.get_or_init(|| build(Variant::Shipped));
+    built.clone().map_err(Failure::new)
+}
+
+/// The same with the feature `broken-rules`, in a target directory of its own: rules of safety can be
+/// left out of it.
+///
+/// # Errors
+///
+/// When it cannot be built.
+pub fn breakable() -> Result<PathBuf, Failure> {
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    if let Some(path) = std::env::var_os("STILLPOINT_BREAKABLE_BIN") {
+        return Ok(PathBuf::from(path));
+    }
+    let built = BUILT.get_or_init(|| build(Variant::Breakable));
+    built.clone().map_err(Failure::new)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Variant {
+    Shipped,
+    Breakable,
 }
 
 /// Makes all of it, once per process.
@@ -89,6 +111,8 @@ pub(crate) fn prepare(kernels: &[&str]) -> Result<(), Failure> {
         "dozer",
         "synchronize",
         "spinner",
+        "delayer",
+        "watcher",
     ] {
         run(Command::new(scripts.join("replacement")).arg(name)).map_err(Failure::new)?;
     }
@@ -105,7 +129,7 @@ pub(crate) fn checkout() -> &'static Path {
 
 /// This test is at TARGET/[TRIPLE/]PROFILE/deps/NAME: builds the binary beside it. Cargo does not
 /// build binaries of other packages for a test by itself.
-fn build() -> Result<PathBuf, String> {
+fn build(variant: Variant) -> Result<PathBuf, String> {
     let exe = std::env::current_exe().map_err(|e| e.to_string())?;
     let profile_dir = exe
         .ancestors()
@@ -142,8 +166,17 @@ fn build() -> Result<PathBuf, String> {
         ])
         .args(["--profile", profile, "--manifest-path"])
         .arg(checkout().join("Cargo.toml"))
-        .arg("--target-dir")
-        .arg(target);
+        .arg("--target-dir");
+    let into = match variant {
+        Variant::Shipped => target.to_path_buf(),
+        Variant::Breakable => target.join("breakable"),
+    };
+    cargo.arg(&into);
+    if variant == Variant::Breakable {
+        // Dependencies are the same, and need not be built twice where cargo can share them.
+        cargo.args(["--features", "broken-rules"]);
+        cargo.env("CARGO_BUILD_BUILD_DIR", target);
+    }
     if let Some(triple) = profile_dir
         .parent()
         .filter(|above| *above != target)
@@ -152,7 +185,8 @@ fn build() -> Result<PathBuf, String> {
         cargo.arg("--target").arg(triple);
     }
     run(&mut cargo)?;
-    Ok(profile_dir.join("stillpoint"))
+    let below = profile_dir.strip_prefix(target).unwrap_or(profile_dir);
+    Ok(into.join(below).join("stillpoint"))
 }
 
 fn is_target_dir(dir: &Path) -> bool {

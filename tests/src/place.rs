@@ -49,17 +49,35 @@ pub fn on_kvm(test: impl FnOnce() -> TestResult) -> TestResult {
 ///
 /// As [`on_kvm`].
 pub fn on_kvm_with(kernels: &[&str], test: impl FnOnce() -> TestResult) -> TestResult {
+    run(kernels, false, test)
+}
+
+/// The same with a binary that rules of safety can be left out of ([`crate::Boot::without_rules`]).
+///
+/// # Errors
+///
+/// As [`on_kvm`].
+pub fn on_kvm_breaking(test: impl FnOnce() -> TestResult) -> TestResult {
+    run(&[], true, test)
+}
+
+fn run(kernels: &[&str], breaking: bool, test: impl FnOnce() -> TestResult) -> TestResult {
+    let prepare = || {
+        needs::prepare(&wanted(kernels))?;
+        let breakable = breaking.then(needs::breakable);
+        breakable.transpose()
+    };
     match here()? {
         Place::Native => {
             if !in_lab() {
-                needs::prepare(&wanted(kernels))?;
+                prepare()?;
                 tally::note(&format!("native {}", own_name()?));
             }
             console::printed_on_failure(test)
         }
         Place::Lab => {
-            needs::prepare(&wanted(kernels))?;
-            in_the_lab(&own_name()?)
+            let breakable = prepare()?;
+            in_the_lab(&own_name()?, breakable.as_deref())
         }
     }
 }
@@ -147,11 +165,15 @@ fn own_name() -> Result<String, Failure> {
 }
 
 /// Runs the test `name` of this binary in the lab.
-fn in_the_lab(name: &str) -> TestResult {
+fn in_the_lab(name: &str, breakable: Option<&Path>) -> TestResult {
     let exe = std::env::current_exe()?;
     let mut env: BTreeMap<_, _> = lab::client::environment();
     let stillpoint = needs::stillpoint()?;
     env.insert("STILLPOINT_BIN".into(), stillpoint.display().to_string());
+    if let Some(path) = breakable {
+        let path = path.display().to_string();
+        env.insert("STILLPOINT_BREAKABLE_BIN".into(), path);
+    }
     let command = Command {
         argv: vec![
             exe.display().to_string(),

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::evidence::{Evidence, Switches, Witness, evidence};
 use crate::guest::Gva;
+use crate::rules::{self, Rule};
 use crate::stack::{OnVcpu, Reliability, Trace, Unwinder};
 use crate::tasks::{Context, Found, Hit, Scanned, Task, TaskAddr};
 
@@ -213,8 +214,10 @@ fn clear_by(trace: &Trace, range: &Range<Gva>) -> Result<(), String> {
         .position(|frame| range.contains(&frame.address));
     match (inside, &trace.reliability) {
         (Some(0), _) => Err("it is there now".into()),
-        (Some(frame), _) => Err(format!("it returns there from {frame} frames above")),
-        (None, Reliability::Reliable(_)) => Ok(()),
+        (Some(frame), _) if rules::holds(Rule::ReturnAddresses) => {
+            Err(format!("it returns there from {frame} frames above"))
+        }
+        (None, Reliability::Reliable(_)) | (Some(_), _) => Ok(()),
         (None, Reliability::Unreliable(doubt)) => {
             Err(format!("its stack cannot be followed: {}", doubt.why))
         }

@@ -10,6 +10,7 @@ use super::report::{Applied, Evidence, FtraceMark, Kind};
 use super::retire::Retirement;
 use crate::grace::interior;
 use crate::guest::{Activity, Gva, LinkAddr, StoppedGuest, Vcpu};
+use crate::rules::{self, Rule};
 use crate::space::Located;
 use crate::tasks::{Context, Found, Hit, Windows, scan};
 use crate::text::{MAX_INSTRUCTION, NOP5, branches_into, hex, whole};
@@ -195,7 +196,7 @@ impl Check<'_> {
         if !hits.is_empty() {
             return Err(PatchError::Occupied { hits });
         }
-        if one_instruction {
+        if one_instruction || !rules::holds(Rule::Interior) {
             return Ok(Evidence::SingleInstruction);
         }
         let windows = Windows::new(interior(bytes, self.generated()));

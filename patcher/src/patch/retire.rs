@@ -17,8 +17,9 @@ use crate::arena::{Arena, ArenaError, Slot};
 use crate::error::with_causes;
 use crate::grace::{Holdout, Judge, Judgement, Queue, Switches};
 use crate::guest::{Gva, StoppedGuest};
+use crate::rules::{self, Rule};
 use crate::space::Located;
-use crate::tasks::{Task, TaskAddr, TaskError, Windows, scan_of, tasks};
+use crate::tasks::{Context, Hit, Task, TaskAddr, TaskError, Windows, scan_of, tasks};
 
 /// The retired code of one guest.
 #[derive(Debug, Default)]
@@ -116,7 +117,7 @@ impl Retirement {
         let entry = Entry {
             report: leaving.report,
             content: leaving.content,
-            since: (!leaving.sleeps).then(Switches::new),
+            since: (!leaving.sleeps || !rules::holds(Rule::Sleepers)).then(Switches::new),
         };
         self.all.add(entry, leaving.site);
         // It comes after what called it, and outlives that.
@@ -257,8 +258,9 @@ impl Retirement {
         } else {
             &tasks
         };
-        let scanned = scan_of(&space, located, &know.tasks, vcpus, &windows, looked_at)?;
-        if scanned.is_clear() {
+        let mut scanned = scan_of(&space, located, &know.tasks, vcpus, &windows, looked_at)?;
+        scanned.hits.retain(|hit| counts(hit, &tasks));
+        if scanned.is_clear() || !rules::holds(Rule::GracePeriod) {
             return Ok(self.all.iter().map(|_| Judgement::default()).collect());
         }
         let layout = know.stack.as_ref().ok();
@@ -283,6 +285,19 @@ impl Retirement {
             })
             .collect())
     }
+}
+
+/// Whether a context that has an address counts: every one does.
+fn counts(hit: &Hit, tasks: &[Task]) -> bool {
+    let (idle, running) = match &hit.context {
+        Context::Task { task, pid, .. } => {
+            let found = tasks.iter().find(|known| known.address == *task);
+            (*pid == 0, found.is_some_and(|task| task.on_cpu))
+        }
+        Context::Vcpu { .. } | Context::Cpu { .. } => (false, true),
+        Context::Unknown => (false, false),
+    };
+    (!idle || rules::holds(Rule::IdleTasks)) && (!running || rules::holds(Rule::RunningTasks))
 }
 
 impl Entry {

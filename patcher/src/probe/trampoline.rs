@@ -18,6 +18,7 @@ use super::callback::{Needs, Predicate, Register};
 use super::displace::Displaced;
 use crate::guest::Gva;
 use crate::patch::code::{Code, Resolved};
+use crate::rules::{self, Rule};
 
 /// Offsets in the data of a probe, all of them in one cache line that no other probe has.
 pub(crate) mod data {
@@ -336,7 +337,8 @@ impl Builder<'_> {
                 .raw(&[0xf6, 0x84, 0x24, FLAGS_AT + 1, 0, 0, 0, 0x02]);
             skip.push(self.asm.jump_if(ZERO));
         }
-        if let (true, Some(variables)) = (needs.needs_rcu, variables) {
+        let needs_rcu = needs.needs_rcu && rules::holds(Rule::RcuWatching);
+        if let (true, Some(variables)) = (needs_rcu, variables) {
             self.asm.call(variables.rcu_is_watching);
             self.asm.raw(&[0x84, 0xc0]); // test %al,%al
             skip.push(self.asm.jump_if(ZERO));

@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use crate::Kernel;
 use crate::guest::LinkAddr;
+use crate::rules::{self, Rule};
 use crate::space::{LayoutError, optional_range};
 
 /// Why text may not be changed, by place.
@@ -140,7 +141,11 @@ impl Regions {
                 inside: section.map(|section| section.name.clone()),
             });
         }
-        if let Some((what, _)) = self.forbidden.iter().find(|(_, range)| touches(range)) {
+        let mut forbidden_text = self.forbidden.iter();
+        if let Some((what, _)) = forbidden_text
+            .find(|(_, range)| touches(range))
+            .filter(|_| rules::holds(Rule::ForbiddenText))
+        {
             return Err(forbidden((*what).to_owned()));
         }
         let place = kernel.symbols().at(at).map(|place| place.symbol.name());

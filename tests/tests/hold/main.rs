@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use stillpoint_tests::{
-    Boot, Failure, Guest, Qmp, QmpError, SOON, TestResult, all_freed, all_or, on_kvm,
+    Boot, Failure, Guest, Qmp, QmpError, SOON, TestResult, all_freed, all_or, armed, begin, done,
+    hold, kept_apart, on_kvm, release,
 };
 
 /// Reading /proc/version runs it, and nothing else does.
@@ -18,27 +19,11 @@ const FUNCTION: &str = "version_proc_show";
 /// Its first instruction behind what ftrace and indirect calls need, on 6.12.
 const BEHIND: &str = "version_proc_show+9";
 
-/// A guest whose shell stays on CPU 0, and a counter there that moves on. CPU 1, which is held, has
-/// nothing to do but what it is told: no kernel thread or interrupt of the console waits on it.
+/// A guest whose vCPU 1 has nothing to do but what it is told, and a counter on CPU 0 that moves on.
 fn start(boot: Boot) -> Result<(Guest, Qmp), Failure> {
-    let guest = boot.cmdline("isolcpus=1 irqaffinity=0").start()?;
-    guest.sh("taskset -p 1 $PPID >/dev/null")?;
+    let (guest, qmp) = kept_apart(boot)?;
     guest.sh("(i=0; while :; do i=$((i+1)); echo $i >/tmp/n; done) >/dev/null 2>&1 &")?;
-    let mut qmp = guest.control()?;
-    qmp.execute("events-enable", json!({}))?;
     Ok((guest, qmp))
-}
-
-/// For longer than a busy host takes for what happens meanwhile, when it is not said.
-fn hold(qmp: &mut Qmp, mut arguments: Value) -> Result<Value, QmpError> {
-    if let Some(members) = arguments.as_object_mut() {
-        members.entry("deadline").or_insert_with(|| json!("5m"));
-    }
-    qmp.execute("vcpu-hold", arguments)
-}
-
-fn release(qmp: &mut Qmp, vcpu: u32) -> Result<Value, QmpError> {
-    qmp.execute("vcpu-release", json!({"vcpu": vcpu}))
 }
 
 fn refused(result: Result<Value, QmpError>) -> Result<String, Failure> {
@@ -68,27 +53,6 @@ fn others_run(guest: &Guest) -> TestResult {
     while count()? == before {
         assert!(begun.elapsed() < SOON, "the others stand still");
     }
-    Ok(())
-}
-
-/// What somebody did in the background is done by now, or soon.
-fn done(guest: &Guest, what: &str) -> Result<String, Failure> {
-    let begun = Instant::now();
-    loop {
-        let (status, said) = guest.sh_status(&format!("cat {what}.done && cat {what}"))?;
-        if status == 0 {
-            return Ok(said);
-        }
-        assert!(begun.elapsed() < SOON, "{what}: not done");
-    }
-}
-
-/// Has vCPU `on` do something in the background; its output goes to `into`.
-fn begin(guest: &Guest, on: u32, command: &str, into: &str) -> TestResult {
-    guest.sh(&format!("rm -f {into} {into}.done"))?;
-    guest.sh(&format!(
-        "(taskset -c {on} {command} >{into} 2>&1; : >{into}.done) >/dev/null 2>&1 &"
-    ))?;
     Ok(())
 }
 
@@ -142,13 +106,6 @@ fn boundaries(qmp: &mut Qmp, vcpu: u32) -> Result<Vec<String>, Failure> {
 fn changed_text(qmp: &mut Qmp) -> Result<Value, Failure> {
     let told = qmp.execute("inspect-text", json!({"deadline": "1m"}))?;
     Ok(json!([told.get("differences"), told.get("owned")]))
-}
-
-fn armed(qmp: &mut Qmp, vcpu: u32, site: &str, soft: bool) -> Result<Value, Failure> {
-    let request = json!({"vcpu": vcpu, "at": site, "soft": soft, "wait": false});
-    let armed = hold(qmp, request)?;
-    assert_eq!(text(&armed, "/state"), "armed", "{armed}");
-    Ok(armed)
 }
 
 /// vCPU 1 is held at `site`, and released.

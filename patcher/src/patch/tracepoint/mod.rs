@@ -21,6 +21,7 @@ use super::retire::{Content, Leaving};
 use super::{EntryId, PatchError, Patcher};
 use crate::guest::{GuestMemory, Gva, LinkAddr, StoppedGuest};
 use crate::probe::{Call, Plan, Predicate, data, return_now, trampoline};
+use crate::rules::{self, Rule};
 use crate::space::Located;
 use errand::{Begun, Means, Progress};
 
@@ -375,7 +376,9 @@ impl Patcher {
             Resolved::Linked(address) => address.at(found.slide).0,
             Resolved::Absolute(value) => *value,
         };
-        calls.extend(prepared.synchronize.iter().map(|(function, domain)| Call {
+        let waits = prepared.synchronize.iter();
+        let waits = waits.filter(|_| rules::holds(Rule::Readers));
+        calls.extend(waits.map(|(function, domain)| Call {
             function: *function,
             arguments: domain.iter().map(value).collect(),
         }));

@@ -1,18 +1,11 @@
-//! What trampolines are known to go wrong with, each on a stock kernel.
+//! Many trampolines at once.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use serde_json::{Value, json};
-use stillpoint_tests::{
-    Failure, Guest, Qmp, QmpError, TestResult, all_freed, on_kvm, replacement, take_sum,
-};
+use stillpoint_tests::take_sum;
 
-fn attach(qmp: &mut Qmp, request: Value) -> Result<u64, Failure> {
-    let reply = qmp.execute("probe-attach", request)?;
-    let id = reply["id"].as_u64();
-    id.ok_or_else(|| Failure::new(format!("no number in {reply}")))
-}
+use super::*;
 
 /// Functions that can be probed, as many as are wanted.
 fn functions(qmp: &mut Qmp, wanted: usize) -> Result<Vec<String>, Failure> {
@@ -171,120 +164,4 @@ fn coalesced_on_6_12() -> TestResult {
 #[test]
 fn coalesced_on_6_1() -> TestResult {
     on_kvm(|| coalesced("6.1"))
-}
-
-/// Somebody in the kernel never schedules: the guest's own grace period waits for him, ours does not.
-fn never_schedules(kernel: &str) -> TestResult {
-    const SPINS: Duration = Duration::from_secs(4);
-    let guest = Guest::boot(kernel).cpus(2).start()?;
-    let mut qmp = guest.control()?;
-    let object = |name: &str| replacement(name).display().to_string();
-    let mega = guest.sh("awk '/cpu MHz/ {print int($4); exit}' /proc/cpuinfo")?;
-    let mega: u64 = mega.trim().parse()?;
-    let spinner = json!({"site": "cmdline_proc_show", "object": object("spinner"), "data": mega * SPINS.as_secs()});
-    attach(&mut qmp, spinner)?;
-    attach(
-        &mut qmp,
-        json!({"site": "version_proc_show", "object": object("synchronize")}),
-    )?;
-    guest.sh("cat /proc/version >/dev/null")?;
-    guest.sh("taskset -c 1 cat /proc/cmdline >/dev/null & sleep 0.3; \
-              (cat /proc/version >/dev/null; : >/tmp/theirs) & : >/tmp/begun")?;
-    let begun = Instant::now();
-    let mut longest = Duration::ZERO;
-    for _ in 0..20 {
-        let id = attach(&mut qmp, json!({"site": "vfs_read"}))?;
-        let asked = Instant::now();
-        let reply = qmp.execute("probe-detach", json!({"id": id}))?;
-        if reply["collected"]["freed"] != json!([id]) {
-            qmp.event("TRAMPOLINE_FREED", Duration::from_secs(20))?;
-        }
-        longest = longest.max(asked.elapsed());
-    }
-    assert!(
-        begun.elapsed() < SPINS / 2,
-        "too slow to tell: {:?}",
-        begun.elapsed()
-    );
-    assert!(
-        guest.sh_status("test -e /tmp/theirs")?.0 != 0,
-        "theirs did not wait"
-    );
-    guest.sh("until [ -e /tmp/theirs ]; do sleep 0.1; done")?;
-    let theirs = begun.elapsed();
-    assert!(theirs > SPINS / 2, "{theirs:?}");
-    println!("never-schedules: ours {longest:?} at most of 20, theirs {theirs:?}");
-    Ok(())
-}
-
-#[test]
-fn never_schedules_on_6_12() -> TestResult {
-    on_kvm(|| never_schedules("6.12"))
-}
-
-/// Code that the idle task runs, and an interrupt on top of it.
-fn idle_task(kernel: &str) -> TestResult {
-    const ROUNDS: u32 = 20;
-    let guest = Guest::boot(kernel).cpus(2).start()?;
-    let mut qmp = guest.control()?;
-    let mut hits = HashMap::new();
-    for _ in 0..ROUNDS {
-        for site in ["tick_nohz_idle_stop_tick", "hrtimer_interrupt"] {
-            let id = attach(&mut qmp, json!({"site": site}))?;
-            std::thread::sleep(Duration::from_millis(150));
-            let reply = qmp.execute("probe-detach", json!({"id": id}))?;
-            *hits.entry(site).or_insert(0) += reply["probe"]["hits"].as_u64().unwrap_or(0);
-        }
-    }
-    all_freed(&mut qmp)?;
-    assert!(
-        hits.len() == 2 && hits.values().all(|hits| *hits > 0),
-        "{hits:?}"
-    );
-    assert_eq!(guest.complaints()?, "");
-    println!("idle-task: {ROUNDS} rounds, {hits:?}, all freed");
-    Ok(())
-}
-
-#[test]
-fn idle_task_on_6_12() -> TestResult {
-    on_kvm(|| idle_task("6.12"))
-}
-
-/// Without preemption: the same answers.
-fn no_preemption(kernel: &str) -> TestResult {
-    const ROUNDS: u32 = 20;
-    let guest = Guest::boot(kernel)
-        .cpus(2)
-        .cmdline("preempt=none")
-        .start()?;
-    let mut qmp = guest.control()?;
-    guest.sh("(guest calls 600 &) >/dev/null; (while :; do cat /proc/version; done) >/dev/null 2>&1 & echo $! >/tmp/busy")?;
-    let mut at_once = 0;
-    for round in 0..ROUNDS {
-        let site = [
-            "vfs_read",
-            "vfs_read+0x13",
-            "__x64_sys_getppid",
-            "version_proc_show",
-        ];
-        let site = site[round as usize % site.len()];
-        let Ok(id) = attach(&mut qmp, json!({"site": site})) else {
-            assert!(site.contains('+'), "{site}");
-            continue;
-        };
-        std::thread::sleep(Duration::from_millis(20));
-        let reply = qmp.execute("probe-detach", json!({"id": id, "deadline": "20s"}))?;
-        at_once += u32::from(reply["collected"]["freed"] == json!([id]));
-    }
-    all_freed(&mut qmp)?;
-    guest.sh("kill $(cat /tmp/busy)")?;
-    assert_eq!(guest.complaints()?, "");
-    println!("no-preemption: {at_once} of {ROUNDS} freed in the stop that detached");
-    Ok(())
-}
-
-#[test]
-fn no_preemption_on_6_12() -> TestResult {
-    on_kvm(|| no_preemption("6.12"))
 }
