@@ -48,7 +48,7 @@ pub use needs::{
 pub use place::{on_host, on_kvm, on_kvm_breaking, on_kvm_then_here, on_kvm_with};
 pub use qmp::{Qmp, QmpError};
 pub use ran::Ran;
-pub use trampolines::{all_freed, take_sum};
+pub use trampolines::{all_freed, functions, take_sum};
 
 /// How long anything in a test may take that ought to happen soon. Generous: level 1 of the lab
 /// shares its one CPU among all vCPUs, and the host may be busy.

@@ -63,6 +63,18 @@ pub fn debug_kernel(name: &str) -> Result<PathBuf, Failure> {
     Ok(kernel(name).join("vmlinux-debug"))
 }
 
+/// A module for the guest kernel `kernel_name`, built when it is not there yet; with it what modules
+/// are built with is fetched.
+///
+/// # Errors
+///
+/// When it cannot be built.
+pub(crate) fn module(kernel_name: &str, name: &str) -> Result<PathBuf, Failure> {
+    let script = checkout().join("guest-images/module");
+    run(Command::new(script).args([kernel_name, name])).map_err(Failure::new)?;
+    Ok(kernel(kernel_name).join(name).with_extension("ko"))
+}
+
 /// Our binary, of the same profile as this test.
 ///
 /// # Errors
@@ -113,6 +125,7 @@ pub(crate) fn prepare(kernels: &[&str]) -> Result<(), Failure> {
         "spinner",
         "delayer",
         "watcher",
+        "bare",
     ] {
         run(Command::new(scripts.join("replacement")).arg(name)).map_err(Failure::new)?;
     }

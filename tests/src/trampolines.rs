@@ -1,5 +1,6 @@
 //! What tests of probes and callbacks ask a guest and its VMM again and again.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -35,4 +36,40 @@ pub fn take_sum(guest: &Guest) -> Result<i64, Failure> {
     let sum = guest.sh("cat /proc/sys/kernel/panic; echo 0 >/proc/sys/kernel/panic")?;
     let parsed = sum.trim().parse();
     parsed.map_err(|_| Failure::new(format!("no number: {sum}")))
+}
+
+/// Functions of the guest, as many as are wanted. Most of them can be probed.
+///
+/// # Errors
+///
+/// When there are not so many.
+pub fn functions(qmp: &mut Qmp, wanted: usize) -> Result<Vec<String>, Failure> {
+    let mut found = Vec::new();
+    for pattern in [
+        "__x64_sys_*",
+        "vfs_*",
+        "ext4_*",
+        "tcp_*",
+        "ip_*",
+        "proc_*",
+        "sock_*",
+        "pci_*",
+    ] {
+        let reply = qmp.execute("query-symbols", json!({"pattern": pattern, "limit": 2000}))?;
+        let mut count = HashMap::new();
+        let names = reply["symbols"].as_array().into_iter().flatten();
+        let text = names.filter(|symbol| symbol["type"] == "T" || symbol["type"] == "t");
+        for name in text.filter_map(|symbol| symbol["name"].as_str()) {
+            *count.entry(name.to_owned()).or_insert(0) += 1;
+        }
+        let mut once: Vec<_> = count.into_iter().filter(|(_, n)| *n == 1).collect();
+        once.sort();
+        let left = wanted.saturating_sub(found.len());
+        let plain = once.into_iter().map(|(name, _)| name);
+        found.extend(plain.filter(|name| !name.contains('.')).take(left));
+    }
+    match found.len() >= wanted {
+        true => Ok(found),
+        false => Err(Failure::new(format!("{} functions only", found.len()))),
+    }
 }

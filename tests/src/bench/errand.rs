@@ -43,6 +43,7 @@ pub(super) fn files() -> Result<Files, Failure> {
         first_line: first_line(&kernel)?,
         shell: needs::initramfs(KERNEL),
         synchronize: needs::replacement("synchronize"),
+        bare: needs::replacement("bare"),
     })
 }
 

@@ -100,7 +100,7 @@ pub(super) fn run(rounds: u32) -> TestResult {
 
 /// Takes the samples.
 pub(super) fn measure(files: &Files, dir: &Path, rounds: u32) -> TestResult {
-    let mut guest = Subject::start(Peer::Ours, files, dir, 2)?;
+    let mut guest = Subject::start(Peer::Ours, files, dir, "", 2)?;
     guest.ask("echo 4000 >/proc/sys/kernel/threads-max; ulimit -u unlimited")?;
     let mut sleeping = 0;
     for (case, (_, tasks, load)) in CASES.iter().enumerate() {

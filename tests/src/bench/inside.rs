@@ -6,7 +6,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::peer::{Files, Peer};
-use super::{Finding, Plan, Work, grace, memory_root, stop, timed};
+use super::{Finding, Plan, Work, cost, grace, memory_root, stop, timed};
 use crate::{TestResult, lab};
 
 /// Carries out a plan that [`super::run`] made, and prints what it finds.
@@ -39,6 +39,7 @@ pub fn carry_out(plan: &str) -> TestResult {
             cycles,
         } => stop::measure(&files, dir.path(), &peers, cpus, rounds, cycles),
         Work::Grace { rounds } => grace::measure(&files, dir.path(), rounds),
+        Work::Probes => cost::measure(&files, dir.path()),
     }
 }
 

@@ -2,10 +2,11 @@
 //!
 //! | part | where it runs | what it does |
 //! |---|---|---|
-//! | [`boot`], [`stop`], [`grace`] | the caller | what is measured, and the table and ratio that come of it |
+//! | [`boot`], [`stop`], [`grace`], [`probes`] | the caller | what is measured, and the table and ratio that come of it |
 //! | [`errand`] | the caller | sends a [`Plan`] to where guests can run and collects what it finds |
 //! | [`inside`] | there | carries out a plan and prints each finding as a line of JSON |
 //! | [`peer`] | there | how each VMM is started |
+//! | [`cost`] | there | what is attached to a function while it is called in a loop |
 //!
 //! Both VMMs run on the same machine, with the same kernel and initramfs, from files in memory.
 //! In the lab real time is the time of an emulator that shares the host: only ratios between
@@ -14,11 +15,13 @@
 //! what an exit costs.
 
 mod boot;
+mod cost;
 mod errand;
 mod grace;
 mod inside;
 mod memory_root;
 mod peer;
+mod probes;
 mod resident;
 mod stats;
 mod stop;
@@ -38,7 +41,7 @@ const KERNEL: &str = "6.12";
 const MEMORY: u64 = 256;
 
 /// What can be measured.
-pub const NAMES: [&str; 3] = ["boot", "stop", "grace"];
+pub const NAMES: [&str; 4] = ["boot", "stop", "grace", "probes"];
 
 /// Measures `name`, prints a table and, as the last line, the ratio. `rounds` is how many samples
 /// each VMM gives in real time.
@@ -51,6 +54,7 @@ pub fn run(name: &str, rounds: u32) -> TestResult {
         "boot" => boot::run(rounds),
         "stop" => stop::run(rounds),
         "grace" => grace::run(rounds),
+        "probes" => probes::run(),
         _ => Err(Failure::new(format!(
             "no measurement is called '{name}'; there are {}",
             NAMES.join(", ")
@@ -83,6 +87,8 @@ enum Work {
     },
     /// Takes probes out of an idle and a busy guest, `rounds` times in each case.
     Grace { rounds: u32 },
+    /// Counts what a hit of a probe adds.
+    Probes,
 }
 
 /// What is found there.
@@ -129,6 +135,20 @@ enum Finding {
         /// How long the guest stood still for it.
         stalled_ms: Option<f64>,
     },
+    /// Calls of a function with something attached to it, by the clock of the guest.
+    Hits {
+        /// Which of the rows.
+        row: usize,
+        /// Probes elsewhere.
+        elsewhere: usize,
+        per_call: f64,
+        /// Flags and registers were as without it.
+        faithful: bool,
+        /// Every probe of ours counted every call, and no other.
+        counted: bool,
+    },
+    /// All that was to be measured has been.
+    End,
     /// A sample that could not be taken.
     Failed { peer: Peer, why: String },
 }

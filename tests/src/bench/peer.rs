@@ -33,6 +33,8 @@ pub(super) struct Files {
     pub(super) shell: PathBuf,
     /// A callback that waits for the guest's own grace periods.
     pub(super) synchronize: PathBuf,
+    /// A callback that returns at once.
+    pub(super) bare: PathBuf,
 }
 
 impl Files {
@@ -48,6 +50,7 @@ impl Files {
             first_line: replace(&self.first_line)?,
             shell: replace(&self.shell)?,
             synchronize: replace(&self.synchronize)?,
+            bare: replace(&self.bare)?,
         })
     }
 }
@@ -59,6 +62,8 @@ pub(super) struct Guest<'a> {
     pub(super) cpus: u32,
     /// What init does.
     pub(super) mode: &'a str,
+    /// What else its kernel is told.
+    pub(super) options: &'a str,
     /// Its control socket.
     pub(super) control: Option<&'a Path>,
 }
@@ -76,8 +81,8 @@ impl Peer {
     /// The command that runs `guest`, its serial port on stdin and stdout.
     pub(super) fn command(self, files: &Files, guest: Guest<'_>) -> Command {
         let cmdline = format!(
-            "console=ttyS0 reboot=k panic=-1 quiet pci=off mode={}",
-            guest.mode
+            "console=ttyS0 reboot=k panic=-1 quiet pci=off mode={} {}",
+            guest.mode, guest.options
         );
         let cpus = guest.cpus.to_string();
         let machine = match self {

@@ -170,13 +170,21 @@ pub(super) struct Subject {
 }
 
 impl Subject {
-    pub(super) fn start(peer: Peer, files: &Files, dir: &Path, cpus: u32) -> Result<Self, Failure> {
+    /// Boots it; its kernel is told `options` too.
+    pub(super) fn start(
+        peer: Peer,
+        files: &Files,
+        dir: &Path,
+        options: &str,
+        cpus: u32,
+    ) -> Result<Self, Failure> {
         let socket = dir.join(format!("{peer:?}.sock"));
         let _ = std::fs::remove_file(&socket);
         let guest = Guest {
             initrd: &files.shell,
             cpus,
             mode: "script",
+            options,
             control: Some(&socket),
         };
         let mut vmm = peer
@@ -202,13 +210,12 @@ impl Subject {
         Ok(writeln!(self.shell, "{line}")?)
     }
 
-    /// Has a command of the guest's shell done.
-    pub(super) fn ask(&mut self, line: &str) -> TestResult {
+    /// Has a command of the guest's shell done, and returns what it says.
+    pub(super) fn ask(&mut self, line: &str) -> Result<String, Failure> {
         let from = self.console.len();
         // The line itself comes back as well.
         self.sh(&format!("({line}); printf '\\n<%s>\\n' done"))?;
-        self.console.wait_for(from, "\n<done>", SOON)?;
-        Ok(())
+        Ok(self.console.wait_for(from, "\n<done>", SOON)?)
     }
 
     /// Milliseconds that a command of the guest's shell takes, seen from outside.
@@ -284,7 +291,7 @@ pub(super) fn measure(
 ) -> TestResult {
     let mut subjects = Vec::new();
     for peer in peers {
-        let mut subject = Subject::start(*peer, files, dir, cpus)?;
+        let mut subject = Subject::start(*peer, files, dir, "", cpus)?;
         subject.qmp.execute("stop", json!({}))?;
         subjects.push(subject);
     }

@@ -35,6 +35,7 @@ pub(super) fn boot(peer: Peer, files: &Files, cpus: u32) -> Result<(f64, Residen
         initrd: &files.first_line,
         cpus,
         mode: "boot",
+        options: "",
         control: None,
     };
     let mut command = peer.command(files, guest);

@@ -19,7 +19,7 @@ enum Verb {
         /// Samples of each VMM in real time
         #[arg(long, default_value_t = 7)]
         rounds: u32,
-        /// boot, stop or grace; all when none is named
+        /// boot, stop, grace or probes; all when none is named
         names: Vec<String>,
     },
     /// Carry out a plan where guests can run (started by `run`)

@@ -1,43 +1,10 @@
 //! Many trampolines at once.
 
-use std::collections::HashMap;
 use std::time::Instant;
 
-use stillpoint_tests::take_sum;
+use stillpoint_tests::{functions, take_sum};
 
 use super::*;
-
-/// Functions that can be probed, as many as are wanted.
-fn functions(qmp: &mut Qmp, wanted: usize) -> Result<Vec<String>, Failure> {
-    let mut found = Vec::new();
-    for pattern in [
-        "__x64_sys_*",
-        "vfs_*",
-        "ext4_*",
-        "tcp_*",
-        "ip_*",
-        "proc_*",
-        "sock_*",
-        "pci_*",
-    ] {
-        let reply = qmp.execute("query-symbols", json!({"pattern": pattern, "limit": 2000}))?;
-        let mut count = HashMap::new();
-        let names = reply["symbols"].as_array().into_iter().flatten();
-        let text = names.filter(|symbol| symbol["type"] == "T" || symbol["type"] == "t");
-        for name in text.filter_map(|symbol| symbol["name"].as_str()) {
-            *count.entry(name.to_owned()).or_insert(0) += 1;
-        }
-        let mut once: Vec<_> = count.into_iter().filter(|(_, n)| *n == 1).collect();
-        once.sort();
-        let left = wanted.saturating_sub(found.len());
-        let plain = once.into_iter().map(|(name, _)| name);
-        found.extend(plain.filter(|name| !name.contains('.')).take(left));
-    }
-    match found.len() >= wanted {
-        true => Ok(found),
-        false => Err(Failure::new(format!("{} functions only", found.len()))),
-    }
-}
 
 /// A thousand functions, each with a callback of its own and data of its own.
 fn thousand_trampolines(kernel: &str) -> TestResult {
