@@ -9,9 +9,6 @@ use crate::{Failure, TestResult};
 /// Samples of each VMM under icount, which repeats to 1 %.
 const ICOUNT_SAMPLES: u32 = 3;
 
-/// New machines that a VMM gets under icount before it is given up.
-const ICOUNT_TRIES: u32 = 3;
-
 /// One boot.
 #[derive(Clone, Copy, Debug)]
 struct Sample {
@@ -67,7 +64,7 @@ fn icount(files: &Files) -> TestResult {
     let peers = [Peer::Ours, Peer::Pc];
     let mut all = Vec::new();
     for peer in peers {
-        for attempt in 1..=ICOUNT_TRIES {
+        for attempt in 1..=errand::ICOUNT_TRIES {
             eprintln!("bench: 1 vCPU, icount: {}, machine {attempt}", peer.name());
             let work = Work::Boot {
                 peers: vec![peer],

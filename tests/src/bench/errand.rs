@@ -24,6 +24,9 @@ const LIMIT: Duration = Duration::from_secs(2400);
 /// Real time that a plan may take under icount. Guests are known to hang there now and then.
 const ICOUNT_LIMIT: Duration = Duration::from_secs(400);
 
+/// New machines that a measurement gets under icount before it is given up.
+pub(super) const ICOUNT_TRIES: u32 = 3;
+
 /// QEMU's options for it: an idle machine goes straight to its next timer.
 const ICOUNT: [&str; 2] = ["-icount", "shift=0,sleep=off"];
 

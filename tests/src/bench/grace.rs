@@ -3,7 +3,9 @@
 //!
 //! Both in the same guest, in turn. Ours is seen by the client on the control socket, theirs by
 //! whoever reads a file of the guest whose function is probed with a callback that waits; what
-//! reading it takes without is subtracted.
+//! reading it takes without is subtracted. Theirs waits for timers and for the guest, ours computes:
+//! in real time the lab makes ours a good deal slower than a machine would, and theirs not. Under
+//! icount both are told by a machine that executes an instruction in each nanosecond.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -29,39 +31,66 @@ const SITE: &str = "vfs_read";
 /// What theirs is measured by.
 const FILE: &str = "/proc/version";
 const FUNCTION: &str = "version_proc_show";
+/// Samples of ours in each case under icount.
+const ICOUNT_SAMPLES: u32 = 10;
 /// Theirs takes a good part of a second each.
 const THEIRS: u32 = 5;
 
 pub(super) fn run(rounds: u32) -> TestResult {
     let files = errand::files()?;
-    let work = Work::Grace {
-        rounds: rounds.max(1) * 5,
-    };
-    let findings = errand::send(&files, work, Clock::Real)?;
+    let found = |cpus, rounds, clock| errand::send(&files, Work::Grace { cpus, rounds }, clock);
+    if errand::in_lab()? {
+        icount(&found)?;
+    } else {
+        println!("grace, icount: only where guests run in the lab");
+    }
+    // None at all leaves only what does not depend on the host's load.
+    if rounds == 0 {
+        return Ok(());
+    }
+    let findings = found(2, rounds * 5, Clock::Real)?;
+    println!("grace, 2 vCPU, real time: median / p90 / max, ms");
+    println!("{}", table(&findings)?);
+    Ok(())
+}
+
+/// On a machine of its own, which may hang.
+fn icount(found: &dyn Fn(u32, u32, Clock) -> Result<Vec<Finding>, Failure>) -> Result<(), Failure> {
+    for attempt in 1..=errand::ICOUNT_TRIES {
+        eprintln!("bench: 1 vCPU, icount: grace, machine {attempt}");
+        let findings = found(1, ICOUNT_SAMPLES, Clock::Icount)?;
+        if findings
+            .iter()
+            .any(|finding| matches!(finding, Finding::End))
+        {
+            println!("grace, 1 vCPU, icount (1 instruction = 1 ns): median / p90 / max, ms");
+            // It is told before the last line, which is that of real time.
+            println!("  {}", table(&findings)?);
+            return Ok(());
+        }
+    }
+    println!("grace, 1 vCPU, icount: could not be measured");
+    Ok(())
+}
+
+/// Prints all cases, and returns what is said of the worst one.
+fn table(findings: &[Finding]) -> Result<String, Failure> {
     let mut worst: Option<(f64, String)> = None;
-    println!("grace, 2 vCPU: median / p90 / max, ms");
     for (index, (load, tasks, _)) in CASES.iter().enumerate() {
-        let of = |ours: bool| {
-            let all = findings.iter().filter_map(move |finding| match *finding {
-                Finding::Grace {
-                    case,
-                    ours: by_us,
-                    ms,
-                    ..
-                } if case == index && by_us == ours => Some(ms),
-                _ => None,
-            });
-            all.collect::<Vec<_>>()
-        };
-        let stalls = findings.iter().filter_map(|finding| match *finding {
+        let all = findings.iter().filter_map(|finding| match *finding {
             Finding::Grace {
                 case,
-                stalled_ms: Some(ms),
-                ..
-            } if case == index => Some(ms),
+                ours,
+                ms,
+                stalled_ms,
+            } if case == index => Some((ours, ms, stalled_ms)),
             _ => None,
         });
-        let stalls: Vec<_> = stalls.collect();
+        let of = |wanted: bool| {
+            let wanted = all.clone().filter(|(ours, ..)| *ours == wanted);
+            wanted.map(|(_, ms, _)| ms).collect::<Vec<_>>()
+        };
+        let stalls: Vec<_> = all.clone().filter_map(|(.., stalled)| stalled).collect();
         let three = |values: &[f64]| {
             let all = [
                 median(values),
@@ -92,15 +121,14 @@ pub(super) fn run(rounds: u32) -> TestResult {
             worst = Some((ratio, text));
         }
     }
-    if let Some((_, text)) = worst {
-        println!("{text}");
-    }
-    Ok(())
+    worst
+        .map(|(_, text)| text)
+        .ok_or_else(|| Failure::new("nothing was measured"))
 }
 
 /// Takes the samples.
-pub(super) fn measure(files: &Files, dir: &Path, rounds: u32) -> TestResult {
-    let mut guest = Subject::start(Peer::Ours, files, dir, "", 2)?;
+pub(super) fn measure(files: &Files, dir: &Path, cpus: u32, rounds: u32) -> TestResult {
+    let mut guest = Subject::start(Peer::Ours, files, dir, "", cpus)?;
     guest.ask("echo 4000 >/proc/sys/kernel/threads-max; ulimit -u unlimited")?;
     let mut sleeping = 0;
     for (case, (_, tasks, load)) in CASES.iter().enumerate() {
@@ -120,7 +148,7 @@ pub(super) fn measure(files: &Files, dir: &Path, rounds: u32) -> TestResult {
         }
         theirs(&mut guest, files, case)?;
     }
-    Ok(())
+    report(&Finding::End)
 }
 
 fn ours(guest: &mut Subject, case: usize) -> TestResult {

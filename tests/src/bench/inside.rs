@@ -38,7 +38,7 @@ pub fn carry_out(plan: &str) -> TestResult {
             rounds,
             cycles,
         } => stop::measure(&files, dir.path(), &peers, cpus, rounds, cycles),
-        Work::Grace { rounds } => grace::measure(&files, dir.path(), rounds),
+        Work::Grace { cpus, rounds } => grace::measure(&files, dir.path(), cpus, rounds),
         Work::Probes => cost::measure(&files, dir.path()),
     }
 }

@@ -86,7 +86,7 @@ enum Work {
         cycles: u32,
     },
     /// Takes probes out of an idle and a busy guest, `rounds` times in each case.
-    Grace { rounds: u32 },
+    Grace { cpus: u32, rounds: u32 },
     /// Counts what a hit of a probe adds.
     Probes,
 }

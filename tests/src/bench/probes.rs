@@ -14,9 +14,6 @@ use super::stats::cell;
 use super::{Finding, KERNEL, Work};
 use crate::{Failure, TestResult, cpio, needs};
 
-/// New machines that are tried: guests are known to hang under icount now and then.
-const TRIES: u32 = 3;
-
 /// Probes elsewhere, in the second half.
 pub(super) const ELSEWHERE: usize = 1000;
 
@@ -44,7 +41,7 @@ pub(super) fn run() -> TestResult {
     }
     let files = files()?;
     let mut found = Vec::new();
-    for attempt in 1..=TRIES {
+    for attempt in 1..=errand::ICOUNT_TRIES {
         eprintln!("bench: 1 vCPU, icount: probes, machine {attempt}");
         found = errand::send(&files, Work::Probes, Clock::Icount)?;
         if found.iter().any(|finding| matches!(finding, Finding::End)) {
