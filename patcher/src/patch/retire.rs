@@ -19,7 +19,7 @@ use crate::grace::{Holdout, Judge, Judgement, Queue, Switches};
 use crate::guest::{Gva, StoppedGuest};
 use crate::rules::{self, Rule};
 use crate::space::Located;
-use crate::tasks::{Context, Hit, Task, TaskAddr, TaskError, Windows, scan_of, tasks};
+use crate::tasks::{Context, Hit, Task, TaskAddr, TaskError, Windows, awake, scan_of, tasks};
 
 /// The retired code of one guest.
 #[derive(Debug, Default)]
@@ -245,24 +245,22 @@ impl Retirement {
         let windows = Windows::new(ranges);
         let memory = &guest;
         let space = located.space(memory);
-        let tasks = tasks(&space, located, &know.tasks)?;
         let vcpus = guest.vcpus();
         // Whoever sleeps has gone to sleep by its own will, which nobody does in code that neither
         // sleeps nor calls: its stack need not be read.
         let nobody_sleeps = know.switches.is_some() && self.nobody_sleeps();
-        let awake: Vec<_>;
-        let looked_at = if nobody_sleeps {
-            let may_be_inside = |task: &&Task| task.on_cpu || task.on_rq;
-            awake = tasks.iter().filter(may_be_inside).cloned().collect();
-            &awake
-        } else {
-            &tasks
-        };
-        let mut scanned = scan_of(&space, located, &know.tasks, vcpus, &windows, looked_at)?;
-        scanned.hits.retain(|hit| counts(hit, &tasks));
+        let find = if nobody_sleeps { awake } else { tasks };
+        let looked_at = find(&space, located, &know.tasks)?;
+        let mut scanned = scan_of(&space, located, &know.tasks, vcpus, &windows, &looked_at)?;
+        scanned.hits.retain(|hit| counts(hit, &looked_at));
         if scanned.is_clear() || !rules::holds(Rule::GracePeriod) {
             return Ok(self.all.iter().map(|_| Judgement::default()).collect());
         }
+        let tasks = if nobody_sleeps {
+            tasks(&space, located, &know.tasks)?
+        } else {
+            looked_at
+        };
         let layout = know.stack.as_ref().ok();
         let unwinder = layout.map(|layout| unwinder(know, guest, &space, located, layout));
         let switches = |task: TaskAddr| {

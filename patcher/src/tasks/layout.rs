@@ -34,9 +34,13 @@ pub struct TaskLayout {
 pub(crate) struct TaskFields {
     /// All of them that are told of a task.
     pub(super) all: Parts,
+    /// Those that tell whether it is one that is looked for.
+    pub(super) few: Parts,
     pub(crate) size: u64,
     pub(crate) tasks: u64,
     pub(crate) thread_node: u64,
+    /// `thread_node.next`.
+    pub(crate) next_thread: u64,
     pub(crate) signal: u64,
     pub(crate) pid: Field,
     pub(crate) tgid: Field,
@@ -112,9 +116,11 @@ impl TaskLayout {
         let rq = |path| types.field("rq", path).map(|field| field.offset);
         let fields = TaskFields {
             all: Parts::default(),
+            few: Parts::default(),
             size: types.size_of("task_struct")?,
             tasks: task("tasks")?.offset,
             thread_node: task("thread_node")?.offset,
+            next_thread: task("thread_node.next")?.offset,
             signal: task("signal")?.offset,
             pid: task("pid")?,
             tgid: task("tgid")?,
@@ -163,8 +169,10 @@ impl TaskFields {
             self.on_cpu,
             self.on_rq,
         ];
+        let next = pointer_at(self.next_thread);
         let pointers = [self.stack, self.sp].map(pointer_at);
-        self.all = Parts::of(numbers.into_iter().chain(pointers));
+        self.all = Parts::of(numbers.into_iter().chain(pointers).chain([next]));
+        self.few = Parts::of([self.pid, self.on_cpu, self.on_rq, next]);
         self
     }
 }

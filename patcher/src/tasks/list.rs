@@ -159,7 +159,8 @@ impl<'a, 'm> Walker<'a, 'm> {
     /// All tasks, each once.
     pub(super) fn all(&self) -> Result<Vec<Task>, TaskError> {
         let mut found = self.listed()?;
-        self.compare_count(&found.tasks)?;
+        let listed = found.tasks.iter().filter(|task| task.pid != 0).count();
+        self.compare_count(listed as u64)?;
         self.unlisted(&mut found)?;
         Ok(found.tasks)
     }
@@ -175,21 +176,59 @@ impl<'a, 'm> Walker<'a, 'm> {
     pub(super) fn listed(&self) -> Result<Tasks, TaskError> {
         let layout = self.layout;
         let mut found = Tasks::default();
-        let init = layout.init_task.at(self.located.slide);
-        let head = init.offset(layout.task.tasks);
-        let mut leaders = vec![init];
-        leaders.extend(self.entries("task list", head, layout.task.tasks)?);
-        for leader in leaders {
-            let signal = self.pointer("task list", leader.offset(layout.task.signal))?;
-            let head = signal.offset(layout.thread_head);
-            for thread in self.entries("thread list", head, layout.task.thread_node)? {
+        for leader in self.leaders()? {
+            self.threads(leader, &layout.task.all, &mut |thread, record| {
                 if found.seen.insert(thread) {
-                    found.tasks.push(self.task(thread)?);
+                    found.tasks.push(self.task_of(thread, record));
                     self.bound("task list", found.tasks.len())?;
                 }
-            }
+                Ok(())
+            })?;
         }
         Ok(found)
+    }
+
+    /// The first thread of every process, the first task of all before them.
+    fn leaders(&self) -> Result<Vec<Gva>, TaskError> {
+        let init = self.layout.init_task.at(self.located.slide);
+        let member = self.layout.task.tasks;
+        let mut leaders = vec![init];
+        leaders.extend(self.entries("task list", init.offset(member), member)?);
+        Ok(leaders)
+    }
+
+    /// The tasks that are on a CPU or on a run queue. All are looked at and counted, as by
+    /// [`Walker::all`], but no more is read of the others.
+    pub(super) fn awake(&self) -> Result<Vec<Task>, TaskError> {
+        let fields = &self.layout.task;
+        let is_awake = |record: &Record<'_>| {
+            record.number(fields.on_cpu) != 0 || record.number(fields.on_rq) != 0
+        };
+        let mut listed = Vec::new();
+        let mut awake = Vec::new();
+        for leader in self.leaders()? {
+            self.threads(leader, &fields.few, &mut |thread, record| {
+                if is_awake(record) {
+                    awake.push(thread);
+                }
+                if record.number(fields.pid) != 0 {
+                    listed.push(thread);
+                }
+                self.bound("task list", listed.len())
+            })?;
+        }
+        // One that is on several lists is one.
+        listed.sort_unstable();
+        listed.dedup();
+        self.compare_count(listed.len() as u64)?;
+        for address in self.per_cpu()?.into_iter().chain(self.ending()?) {
+            if address.0 != 0 && is_awake(&self.record(address, &fields.few)?) {
+                awake.push(address);
+            }
+        }
+        awake.sort_unstable();
+        awake.dedup();
+        awake.into_iter().map(|task| self.task(task)).collect()
     }
 
     /// Adds the tasks that are not on the task list.
@@ -204,15 +243,10 @@ impl<'a, 'm> Walker<'a, 'm> {
     }
 
     /// Everything but idle tasks is counted, by adding and removing under the lock of the list.
-    fn compare_count(&self, tasks: &[Task]) -> Result<(), TaskError> {
-        let Some(counted) = self.counted()? else {
-            return Ok(());
-        };
-        let listed = tasks.iter().filter(|task| task.pid != 0).count() as u64;
-        if listed == counted {
-            Ok(())
-        } else {
-            Err(TaskError::Miscount { listed, counted })
+    fn compare_count(&self, listed: u64) -> Result<(), TaskError> {
+        match self.counted()? {
+            Some(counted) if counted != listed => Err(TaskError::Miscount { listed, counted }),
+            _ => Ok(()),
         }
     }
 
@@ -315,56 +349,18 @@ impl<'a, 'm> Walker<'a, 'm> {
         })
     }
 
-    /// The structures on a list, `member` bytes before their entries.
-    ///
-    /// A circle is noticed by comparing each entry with an earlier one, which is taken anew after
-    /// 1, 2, 4, 8 … steps: at the latest when the circle was gone through twice.
-    fn entries(&self, what: &'static str, head: Gva, member: u64) -> Result<Vec<Gva>, TaskError> {
-        let mut found = Vec::new();
-        let next = self.layout.list_next;
-        let mut at = self.pointer(what, head.offset(next))?;
-        let mut earlier = head;
-        while at != head {
-            if at == earlier {
-                return Err(TaskError::Circle { what, at });
-            }
-            found.push(Gva(at.0.wrapping_sub(member)));
-            self.bound(what, found.len())?;
-            if found.len().is_power_of_two() {
-                earlier = at;
-            }
-            at = self.pointer(what, at.offset(next))?;
-        }
-        Ok(found)
-    }
-
-    /// As [`Walker::entries`], for a list that is all zero until its CPU comes up.
-    fn optional(&self, what: &'static str, head: Gva, member: u64) -> Result<Vec<Gva>, TaskError> {
-        let first = self.pointer(what, head.offset(self.layout.list_next))?;
-        if first.0 == 0 {
-            return Ok(Vec::new());
-        }
-        self.entries(what, head, member)
-    }
-
-    pub(super) fn bound(&self, what: &'static str, count: usize) -> Result<(), TaskError> {
-        if count > self.limit {
-            return Err(TaskError::Endless {
-                what,
-                limit: self.limit,
-            });
-        }
-        Ok(())
-    }
-
     fn task(&self, address: Gva) -> Result<Task, TaskError> {
+        let record = self.record(address, &self.layout.task.all)?;
+        Ok(self.task_of(address, &record))
+    }
+
+    fn task_of(&self, address: Gva, record: &Record<'_>) -> Task {
         let fields = &self.layout.task;
-        let record = self.record(address, &fields.all)?;
         let narrow = |field| u32::try_from(record.number(field)).unwrap_or(u32::MAX);
         let comm = record.bytes(fields.comm);
         let comm = comm.get(..comm.len().min(MAX_COMM)).unwrap_or_default();
         let end = memchr::memchr(0, comm).unwrap_or(comm.len());
-        Ok(Task {
+        Task {
             address: TaskAddr(address),
             pid: narrow(fields.pid),
             tgid: narrow(fields.tgid),
@@ -376,7 +372,7 @@ impl<'a, 'm> Walker<'a, 'm> {
             on_rq: record.number(fields.on_rq) != 0,
             stack: record.pointer(fields.stack),
             sp: record.pointer(fields.sp),
-        })
+        }
     }
 
     /// Reads those parts of a task that hold the members of `parts`.
@@ -385,12 +381,18 @@ impl<'a, 'm> Walker<'a, 'm> {
         address: Gva,
         parts: &'p Parts,
     ) -> Result<Record<'p>, TaskError> {
-        parts
-            .read(self.space, address)
-            .map_err(|source| TaskError::Unreadable {
-                what: "task",
-                source,
-            })
+        let mut record = parts.empty();
+        self.fill(&mut record, address)?;
+        Ok(record)
+    }
+
+    /// The same for another task.
+    pub(super) fn fill(&self, record: &mut Record<'_>, address: Gva) -> Result<(), TaskError> {
+        let read = record.fill(self.space, address);
+        read.map_err(|source| TaskError::Unreadable {
+            what: "task",
+            source,
+        })
     }
 
     pub(super) fn pointer(&self, what: &'static str, at: Gva) -> Result<Gva, TaskError> {

@@ -1,6 +1,6 @@
 //! Who is running or waiting?
 //!
-//! [`tasks`] finds every task of a stopped guest, [`survey`] describes them, and [`scan`] tells which of them (or of the
+//! [`tasks`] finds every task of a stopped guest, [`awake`] those that do not sleep, [`survey`] describes them, and [`scan`] tells which of them (or of the
 //! vCPUs, or of the CPUs' own stacks) may come back to a range of addresses. A list that was cut off
 //! is never taken for the whole, and a scan looks at everything or fails.
 
@@ -9,6 +9,7 @@ mod list;
 mod parts;
 mod pids;
 mod probes;
+mod ring;
 mod scan;
 mod state;
 mod survey;
@@ -36,6 +37,18 @@ pub fn tasks(
     layout: &TaskLayout,
 ) -> Result<Vec<Task>, TaskError> {
     list::Walker::new(space, located, layout).all()
+}
+
+/// Those of [`tasks`] that are on a CPU or on a run queue.
+///
+/// # Errors
+/// Those of [`tasks`].
+pub fn awake(
+    space: &Space<'_>,
+    located: &Located,
+    layout: &TaskLayout,
+) -> Result<Vec<Task>, TaskError> {
+    list::Walker::new(space, located, layout).awake()
 }
 
 /// As [`tasks`], also when the kernel counts another number of threads. Only for showing.

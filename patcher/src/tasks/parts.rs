@@ -61,20 +61,27 @@ impl Parts {
         parts
     }
 
-    /// Reads them from the structure at `base`.
-    pub(crate) fn read(&self, space: &Space<'_>, base: Gva) -> Result<Record<'_>, SpaceError> {
-        let mut bytes = vec![0; self.len];
-        let mut rest = bytes.as_mut_slice();
-        for part in &self.parts {
-            let (now, later) = rest.split_at_mut(part.len.min(rest.len()));
-            space.read(base.offset(part.offset), now)?;
-            rest = later;
+    /// Room for them, of which nothing has been read.
+    pub(crate) fn empty(&self) -> Record<'_> {
+        Record {
+            parts: self,
+            bytes: vec![0; self.len],
         }
-        Ok(Record { parts: self, bytes })
     }
 }
 
 impl Record<'_> {
+    /// Reads them from the structure at `base`. After an error they are unspecified.
+    pub(crate) fn fill(&mut self, space: &Space<'_>, base: Gva) -> Result<(), SpaceError> {
+        let mut rest = self.bytes.as_mut_slice();
+        for part in &self.parts.parts {
+            let (now, later) = rest.split_at_mut(part.len.min(rest.len()));
+            space.read(base.offset(part.offset), now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
     /// The bytes of a member; none of one that was not asked for.
     pub(crate) fn bytes(&self, field: Field) -> &[u8] {
         let found = self.parts.parts.iter().find_map(|part| {
@@ -89,17 +96,27 @@ impl Record<'_> {
 
     /// A number of up to 8 bytes, of a bit field its bits.
     pub(crate) fn number(&self, field: Field) -> u64 {
-        let mut raw = [0; 8];
-        for (to, from) in raw.iter_mut().zip(self.bytes(field)) {
-            *to = *from;
-        }
-        let raw = u64::from_le_bytes(raw);
+        let raw = little_endian(self.bytes(field));
         field.bits.map_or(raw, |bits| bits.extract(raw))
     }
 
     /// The pointer at an offset.
     pub(crate) fn pointer(&self, offset: u64) -> Gva {
         Gva(self.number(pointer_at(offset)))
+    }
+}
+
+/// The first 8 bytes as a number, or all of them when there are fewer.
+fn little_endian(bytes: &[u8]) -> u64 {
+    match *bytes {
+        [a] => a.into(),
+        [a, b] => u16::from_le_bytes([a, b]).into(),
+        [a, b, c, d] => u32::from_le_bytes([a, b, c, d]).into(),
+        [a, b, c, d, e, f, g, h, ..] => u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+        _ => bytes
+            .iter()
+            .rev()
+            .fold(0, |number, byte| number << 8 | u64::from(*byte)),
     }
 }
 
@@ -140,13 +157,14 @@ mod tests {
         let parts = Parts::of(all);
         assert_eq!((parts.parts.len(), parts.len), (2, 0x28 + 2));
         let space = crate::space::Space::new(&guest.image, guest.root());
-        let record = parts.read(&space, DATA).unwrap();
+        let mut record = parts.empty();
+        record.fill(&space, DATA).unwrap();
         assert_eq!(record.number(field(0x20, 4)), 0x2322_2120);
         assert_eq!(record.pointer(0x10), Gva(0x1716_1514_1312_1110));
         assert_eq!(record.bytes(field(0x28, 16)).len(), 16);
         assert_eq!(record.number(field(0xff8, 2)), 0xf9f8);
         // It was not asked for.
         assert_eq!(record.number(field(0x800, 8)), 0);
-        assert!(parts.read(&space, DATA.offset(0x2000)).is_err());
+        assert!(record.fill(&space, DATA.offset(0x2000)).is_err());
     }
 }

@@ -38,9 +38,11 @@ fn layout() -> TaskLayout {
         nr_threads: Some(NR_THREADS),
         task: TaskFields {
             all: Parts::default(),
+            few: Parts::default(),
             size: TASK_SIZE,
             tasks: 0x10,
             thread_node: 0x20,
+            next_thread: 0x20,
             signal: 0x30,
             pid: field(0x38, 4),
             tgid: field(0x3c, 4),
@@ -214,6 +216,11 @@ impl Guest {
         tasks(&space, &self.located, &self.layout)
     }
 
+    fn awake(&self) -> Result<Vec<Task>, TaskError> {
+        let space = self.located.space(&self.fake.image);
+        awake(&space, &self.located, &self.layout)
+    }
+
     fn pids(&self) -> Vec<u32> {
         self.tasks().unwrap().iter().map(|task| task.pid).collect()
     }
@@ -257,6 +264,35 @@ fn tasks_that_left_the_list_are_found_on_queues_and_exit_lists() {
     guest.fake.put_u64(AREA.offset(RUNQUEUE + 0x10), 0);
     guest.fake.put_u64(AREA.offset(EXITING), 0);
     assert_eq!(guest.pids(), [0]);
+}
+
+#[test]
+fn who_is_awake_is_found_wherever_it_is() {
+    let mut guest = Guest::new();
+    let one = guest.process(1, "init");
+    guest.process(2, "asleep");
+    let thread = guest.thread(one, 10);
+    let queued = guest.loose(7, "dying");
+    guest.link(AREA.offset(RUNQUEUE + 0x10), queued.offset(0x70));
+    let ending = guest.loose(8, "late");
+    guest.link(AREA.offset(EXITING), ending.offset(0x80));
+    assert_eq!(guest.awake().unwrap(), []);
+    guest.fake.put(INIT.at(SLIDE).offset(0x68), &[1]);
+    for task in [thread, queued, ending] {
+        guest.fake.put(task.offset(0x69), &[1]);
+    }
+    let awake = |task: &Task| task.on_cpu || task.on_rq;
+    let mut expected = guest.tasks().unwrap();
+    expected.retain(awake);
+    expected.sort_by_key(|task| task.address);
+    assert_eq!(expected.len(), 4);
+    assert_eq!(guest.awake().unwrap(), expected);
+    // It is counted once and told once, wherever else it is.
+    guest.link(AREA.offset(RUNQUEUE + 0x10), thread.offset(0x70));
+    expected.retain(|task| task.address.0 != queued);
+    assert_eq!(guest.awake().unwrap(), expected);
+    guest.count(1);
+    assert_eq!(guest.awake(), Err(guest.tasks().unwrap_err()));
 }
 
 #[test]
