@@ -83,11 +83,13 @@ impl PerCpuMarks {
         let mut mask = vec![0; usize::try_from(self.mask).unwrap_or(0)];
         space.read(self.possible.at(slide), &mut mask)?;
         let mut offsets = Vec::new();
-        for cpu in 0..self.cpus {
-            let byte = usize::try_from(cpu / 8).ok().and_then(|i| mask.get(i));
-            if byte.is_none_or(|byte| byte >> (cpu % 8) & 1 == 0) {
-                continue;
-            }
+        // Nearly all of thousands of CPUs do not exist.
+        let some = (0..).zip(&mask).filter(|(_, byte)| **byte != 0);
+        let possible = some.flat_map(|(index, byte)| {
+            let set = (0..8).filter(move |bit| byte >> bit & 1 != 0);
+            set.map(move |bit| index * 8 + bit)
+        });
+        for cpu in possible.take_while(|&cpu| cpu < self.cpus) {
             let offset = space.read_u64(self.offsets.offset(cpu * 8).at(slide))?;
             offsets.push((u32::try_from(cpu).unwrap_or(u32::MAX), offset));
         }
@@ -149,5 +151,29 @@ impl PerCpu {
         } else {
             by(registers.kernel_gs_base)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::fake::FakeGuest;
+
+    #[test]
+    fn the_cpus_are_those_that_can_exist() {
+        let offsets = LinkAddr(0xffff_ffff_8100_0000);
+        let possible = offsets.offset(0x1000);
+        let slide = Slide(0);
+        let mut guest = FakeGuest::new(0x10_0000);
+        guest.map(offsets.at(slide), 0x2000, 0);
+        for cpu in 0..24 {
+            guest.put_u64(offsets.at(slide).offset(cpu * 8), cpu << 20);
+        }
+        // 0, 9, 19 and 22, of 20.
+        guest.put(possible.at(slide), &[0x01, 0x02, 0x48]);
+        let marks = PerCpuMarks::new(offsets, possible, 20);
+        let space = Space::new(&guest.image, guest.root());
+        let found = marks.read(&space, slide).unwrap();
+        assert_eq!(found.offsets, [(0, 0), (9, 9 << 20), (19, 19 << 20)]);
     }
 }

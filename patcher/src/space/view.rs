@@ -3,7 +3,7 @@
 //! A [`Space`] remembers translations for as long as it lives, so it is made for one stop (or one
 //! look at a running guest, whose answer may then be torn) and dropped with it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
 use super::bounds::{Bounds, Left};
@@ -13,9 +13,11 @@ use crate::guest::{Gpa, GuestMemory, Gva, MemoryError};
 /// Translations remembered. Each page has one place, where it takes that of another: a guest that
 /// knew how could make us forget, not slow.
 const PLACES: usize = 1 << 11;
-/// A large page is remembered as the 2 MiB that hold the address.
+/// Places at first: most looks are at a few pages, and an empty place has to be made, too.
+const FEW_PLACES: usize = 1 << 4;
 /// Tables of small pages that are remembered.
 const TABLES: usize = 64;
+/// A large page is remembered as the 2 MiB that hold the address.
 const LARGE_SHIFT: u32 = 21;
 const SMALL_SHIFT: u32 = 12;
 
@@ -70,8 +72,10 @@ impl SpaceError {
 pub struct Space<'m> {
     memory: &'m dyn GuestMemory,
     root: Root,
-    /// Empty until the first translation.
+    /// Empty until the first translation, then of [`FEW_PLACES`], at last of [`PLACES`].
     cache: RefCell<Vec<Cached>>,
+    /// Translations that were not remembered.
+    missed: Cell<usize>,
     /// The last page tables that were found at the end of a walk: most stacks are in small pages,
     /// and a table maps 512 of them.
     tables: RefCell<[Table; TABLES]>,
@@ -112,10 +116,10 @@ const fn key(at: Gva, shift: u32) -> u64 {
     at.0 >> shift << 6 | shift as u64
 }
 
-/// Where a key has its place.
-fn place(key: u64) -> usize {
+/// Where a key has its place, of as many as there are: a power of two, or none.
+fn place(key: u64, places: usize) -> usize {
     let mixed = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-    usize::try_from(mixed).unwrap_or(0) % PLACES
+    usize::try_from(mixed).unwrap_or(0) & places.wrapping_sub(1)
 }
 
 impl<'m> Space<'m> {
@@ -133,6 +137,7 @@ impl<'m> Space<'m> {
             memory,
             root,
             cache: RefCell::default(),
+            missed: Cell::new(0),
             tables: RefCell::new([NO_TABLE; TABLES]),
         }
     }
@@ -252,10 +257,26 @@ impl<'m> Space<'m> {
         [LARGE_SHIFT, SMALL_SHIFT].into_iter().find_map(|shift| {
             let key = key(at, shift);
             cache
-                .get(place(key))
+                .get(place(key, cache.len()))
                 .filter(|known| known.key == key)
                 .copied()
         })
+    }
+
+    fn remember(&self, found: Cached) {
+        let mut cache = self.cache.borrow_mut();
+        let missed = self.missed.get();
+        self.missed.set(missed.saturating_add(1));
+        match missed {
+            0 => cache.resize(FEW_PLACES, NONE),
+            // What there was has another place now.
+            FEW_PLACES => *cache = vec![NONE; PLACES],
+            _ => {}
+        }
+        let at = place(found.key, cache.len());
+        if let Some(place) = cache.get_mut(at) {
+            *place = found;
+        }
     }
 
     fn by_walk(&self, at: Gva) -> Result<Cached, WalkError> {
@@ -264,7 +285,7 @@ impl<'m> Space<'m> {
         let large = inside >> (LARGE_SHIFT - 1) != 0;
         let region = key(at, LARGE_SHIFT);
         if !large {
-            if let Some(table) = self.tables.borrow_mut().get_mut(place(region) % TABLES) {
+            if let Some(table) = self.tables.borrow_mut().get_mut(place(region, TABLES)) {
                 *table = Table {
                     key: region,
                     at: Gpa(mapping.entry.at.0 & ADDRESS),
@@ -281,7 +302,7 @@ impl<'m> Space<'m> {
     /// By a table of small pages that a walk has led to; the way there is the same.
     fn by_table(&self, at: Gva) -> Option<Cached> {
         let region = key(at, LARGE_SHIFT);
-        let table = *self.tables.borrow().get(place(region) % TABLES)?;
+        let table = *self.tables.borrow().get(place(region, TABLES))?;
         let index = at.0 >> SMALL_SHIFT & 0x1ff;
         let raw = (table.key == region)
             .then(|| self.memory.read_u64(table.at.offset(index * 8)).ok())
@@ -302,13 +323,7 @@ impl<'m> Space<'m> {
                     Some(cached) => cached,
                     None => self.by_walk(at)?,
                 };
-                let mut cache = self.cache.borrow_mut();
-                if cache.is_empty() {
-                    cache.resize(PLACES, NONE);
-                }
-                if let Some(place) = cache.get_mut(place(cached.key)) {
-                    *place = cached;
-                }
+                self.remember(cached);
                 cached
             }
         };
@@ -362,6 +377,26 @@ mod tests {
                 }
             ]
         );
+    }
+
+    #[test]
+    fn many_pages_are_found_again() {
+        const COUNT: u64 = 3 * FEW_PLACES as u64;
+        let mut guest = FakeGuest::new(0x20_0000);
+        let page = |index| DATA.offset(index * 0x1000);
+        for index in 0..COUNT {
+            guest.page(page(index), 0);
+            guest.put_u64(page(index), index);
+        }
+        let space = Space::new(&guest.image, guest.root());
+        for _ in 0..3 {
+            for index in 0..COUNT {
+                assert_eq!(space.read_u64(page(index)).unwrap(), index);
+            }
+        }
+        assert_eq!(space.cache.borrow().len(), PLACES);
+        let known = (0..COUNT).filter(|&index| space.remembered(page(index)).is_some());
+        assert!(known.count() > 2 * FEW_PLACES);
     }
 
     #[test]
