@@ -126,6 +126,7 @@ pub(crate) fn prepare(kernels: &[&str]) -> Result<(), Failure> {
         "delayer",
         "watcher",
         "bare",
+        "seldom",
     ] {
         run(Command::new(scripts.join("replacement")).arg(name)).map_err(Failure::new)?;
     }

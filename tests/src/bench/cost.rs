@@ -51,6 +51,8 @@ pub(super) enum Probe {
     Callback {
         registers: bool,
     },
+    /// Calls code that might come to a probe itself, and returns after two instructions.
+    MayNest,
 }
 
 const fn theirs(name: &'static str, how: &'static str) -> Row {
@@ -89,7 +91,7 @@ const SEES_ALL: Probe = Probe::Callback { registers: true };
 const SEES_NONE: Probe = Probe::Callback { registers: false };
 
 /// All of them. The first one is the loop by itself.
-pub(super) const ROWS: [Row; 16] = [
+pub(super) const ROWS: [Row; 17] = [
     theirs("nothing", "none"),
     theirs("ftrace", "ftrace"),
     theirs("ftrace, registers", "ftrace-regs"),
@@ -103,6 +105,7 @@ pub(super) const ROWS: [Row; 16] = [
     entry("entry, callback", SEES_ALL, 1, Some(60)),
     entry("entry, 2 callbacks", SEES_ALL, 2, None),
     entry("entry, 8 callbacks", SEES_ALL, 8, None),
+    entry("entry, callback that may nest", Probe::MayNest, 1, Some(60)),
     body("body, callback", SEES_ALL, 1, Some(80)),
     body("body, 2 callbacks", SEES_ALL, 2, None),
     body("body, 8 callbacks", SEES_ALL, 8, None),
@@ -205,6 +208,7 @@ fn attach(
                 Probe::Callback { registers } => {
                     json!({"site": site, "object": files.bare, "no-registers": !registers})
                 }
+                Probe::MayNest => json!({"site": site, "object": files.seldom}),
             };
             match qmp.execute("probe-attach", request) {
                 Ok(attached) => break attached,

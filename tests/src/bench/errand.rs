@@ -47,6 +47,7 @@ pub(super) fn files() -> Result<Files, Failure> {
         shell: needs::initramfs(KERNEL),
         synchronize: needs::replacement("synchronize"),
         bare: needs::replacement("bare"),
+        seldom: needs::replacement("seldom"),
     })
 }
 

@@ -35,6 +35,8 @@ pub(super) struct Files {
     pub(super) synchronize: PathBuf,
     /// A callback that returns at once.
     pub(super) bare: PathBuf,
+    /// One that can call something of the guest, and does not.
+    pub(super) seldom: PathBuf,
 }
 
 impl Files {
@@ -51,6 +53,7 @@ impl Files {
             shell: replace(&self.shell)?,
             synchronize: replace(&self.synchronize)?,
             bare: replace(&self.bare)?,
+            seldom: replace(&self.seldom)?,
         })
     }
 }
