@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::lab::{self, Command, Exit, Inputs, Output};
 use crate::{Failure, TestResult, console, needs, tally};
@@ -189,10 +189,11 @@ fn in_the_lab(name: &str, breakable: Option<&Path>) -> TestResult {
         .and_then(|seconds| seconds.parse().ok())
         .unwrap_or(LIMIT);
     let mut said = Said::default();
+    let begun = Instant::now();
     let limit = Duration::from_secs(limit);
     let outcome = lab::run(&command, limit, Inputs::default(), &mut said)
         .inspect_err(|_| tally::note(&format!("lost {name}")))?;
-    tally::note(&format!("lab {name}"));
+    tally::note(&format!("lab {name} {}", begun.elapsed().as_secs()));
     for _ in 0..outcome.lost {
         tally::note(&format!("lost {name}"));
     }

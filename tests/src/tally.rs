@@ -1,7 +1,7 @@
 //! Counts what ran where, for `scripts/test` to print at its end.
 //!
-//! The file named by `STILLPOINT_TEST_TALLY` gets one line for each test (`native NAME`, `lab NAME`)
-//! and each machine that was lost (`lost ...`). Without the variable nothing is counted.
+//! The file named by `STILLPOINT_TEST_TALLY` gets one line for each test (`native NAME`, `lab NAME
+//! SECONDS`) and each machine that was lost (`lost ...`). Without the variable nothing is counted.
 
 use std::fs::File;
 use std::io::Write;
