@@ -72,6 +72,14 @@ impl Btf {
         self.record("", (kind, false, 0), of, &[])
     }
 
+    /// A function that takes and returns these types; 0 is `void`, and as the last parameter `...`.
+    pub fn function(&mut self, name: &str, returns: u32, parameters: &[u32]) -> u32 {
+        let extra: Vec<_> = parameters.iter().flat_map(|kind| [0, *kind]).collect();
+        let members = (13, false, parameters.len() as u32);
+        let prototype = self.record("", members, returns, &extra);
+        self.record(name, (12, false, 1), prototype, &[])
+    }
+
     /// A structure of (name, type, bit offset) members.
     pub fn structure(&mut self, name: &str, size: u32, members: &[(&str, u32, u32)]) -> u32 {
         self.composite(4, false, name, size, members)

@@ -201,6 +201,15 @@ impl<'a> Record<'a> {
         })
     }
 
+    /// Types of a function's parameters; none for other kinds.
+    pub(super) fn parameters(self) -> impl Iterator<Item = u32> + 'a {
+        let own = match self.kind {
+            Kind::FuncProto => self.extra,
+            _ => &[],
+        };
+        own.chunks_exact(8).filter_map(|raw| word(raw, 4))
+    }
+
     /// Element type and count of an array.
     pub(super) fn array(self) -> Option<(u32, u64)> {
         let kind = Some(self.kind).filter(|&kind| kind == Kind::Array);

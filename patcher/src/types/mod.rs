@@ -11,11 +11,13 @@
 mod enumerator;
 mod error;
 mod format;
+mod function;
 mod path;
 
 pub use error::TypeError;
+pub use function::Calling;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::hash::hash;
 use format::{Kind, Record};
@@ -42,6 +44,8 @@ pub struct Types {
     starts: Vec<u32>,
     /// (hash of the name, type) of every named structure, union, typedef and enumeration, sorted.
     by_name: Vec<(u32, u32)>,
+    /// The same of every function, made when the first of them is asked for.
+    functions: OnceLock<Vec<(u32, u32)>>,
     /// The kernel's types, for those of a module: numbers and strings go on behind theirs.
     base: Option<Arc<Types>>,
 }
@@ -139,6 +143,7 @@ impl Types {
             layout: layout.to_vec(),
             starts: Vec::new(),
             by_name: Vec::new(),
+            functions: OnceLock::new(),
             base,
         };
         let (mut at, mut id) = (0, types.first());
@@ -182,7 +187,9 @@ impl Types {
     /// Bytes of memory that they take.
     #[must_use]
     pub fn resident(&self) -> usize {
-        self.bytes.capacity() + self.starts.capacity() * 4 + self.by_name.capacity() * 8
+        let functions = self.functions.get().map_or(0, Vec::capacity);
+        let names = self.by_name.capacity() + functions;
+        self.bytes.capacity() + self.starts.capacity() * 4 + names * 8
     }
 
     /// Where the member `path` of `holder` is. `holder` is the name of a structure, union or
