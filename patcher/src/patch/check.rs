@@ -142,15 +142,8 @@ impl Check<'_> {
         Ok(code)
     }
 
-    /// No jump of the function, or of its `.cold` part, leads to where the new bytes have no
-    /// instruction.
-    pub(super) fn no_jump_inside(
-        &self,
-        function: &Function,
-        bytes: &Range<Gva>,
-        new: &[u8],
-    ) -> Result<(), PatchError> {
-        let begins = whole(bytes.start, new)?;
+    /// The function, and its `.cold` part.
+    pub(super) fn parts(&self, function: &Function) -> Vec<Function> {
         let mut parts = vec![function.clone()];
         let cold = format!("{}.cold", function.name);
         let symbols = self.know.kernel.symbols();
@@ -161,7 +154,19 @@ impl Check<'_> {
                 size: symbol.size()?,
             })
         }));
-        for part in parts {
+        parts
+    }
+
+    /// No jump of the function, or of its `.cold` part, leads to where the new bytes have no
+    /// instruction.
+    pub(super) fn no_jump_inside(
+        &self,
+        function: &Function,
+        bytes: &Range<Gva>,
+        new: &[u8],
+    ) -> Result<(), PatchError> {
+        let begins = whole(bytes.start, new)?;
+        for part in self.parts(function) {
             let end = part.start.offset(part.size.min(MAX_FUNCTION));
             let code = self.code(&part, end)?;
             let start = part.start.at(self.located.slide);

@@ -2,6 +2,7 @@
 
 use super::EntryId;
 use super::code::{LinkError, ObjectError};
+use super::probe::ReturnError;
 use super::report::Retired;
 use crate::arena::ArenaError;
 use crate::guest::{Gva, MemoryError};
@@ -50,6 +51,14 @@ pub enum PatchError {
     /// An instruction at the site cannot run anywhere else.
     #[error(transparent)]
     Displace(#[from] DisplaceError),
+    /// No probe can act at the return of a function.
+    #[error("the return of {function} cannot be probed: {why}")]
+    Return {
+        /// The function.
+        function: String,
+        /// What stands in the way.
+        why: ReturnError,
+    },
     /// The new code cannot be used.
     #[error("the new code cannot be used")]
     Code(#[from] ObjectError),
@@ -227,6 +236,7 @@ impl PatchError {
             Self::Decode(_) => "NotWholeInstructions",
             Self::JumpInside { .. } | Self::JumpUnknown { .. } => "JumpInside",
             Self::Displace(_) => "CannotMove",
+            Self::Return { .. } => "ReturnUnknown",
             Self::Code(_) => "BadCode",
             Self::Link(_) => "OutOfReach",
             Self::Locate(LocateError::StillBooting { .. }) => "StillBooting",

@@ -34,8 +34,8 @@ pub use grace::Cookie;
 pub use inspect::{Compared, TextCopy};
 pub use patcher::Patcher;
 pub use probe::{
-    AllDetached, Callback, Detached, Does, Histogram, NewProbe, PreparedProbe, ProbeInfo,
-    ProbeRequest, Recorded, Records,
+    AllDetached, Callback, Detached, Does, Histogram, Measured, NewProbe, PreparedProbe, ProbeInfo,
+    ProbeRequest, Recorded, Records, ReturnError,
 };
 pub use redirect::{NewCode, PreparedRedirect, RedirectRequest};
 pub use report::{

@@ -296,9 +296,13 @@ impl Patcher {
             .ok_or(PatchError::NoSuchEntry { id })?
             .clone();
         let evidence = may_go(&self.check(found, guest), &entry)?;
-        let root = found.root;
         let unmark = unmark(&self.know, guest, found, entry.ftrace);
-        change(guest, root, unmark, entry.address, &entry.before.0)?;
+        self.set_out(guest, id, None, true)?;
+        let changed = change(guest, found.root, unmark, entry.address, &entry.before.0);
+        if changed.is_err() {
+            self.set_out(guest, id, None, false)?;
+        }
+        changed?;
         self.ledger.revert(id, origin.clone());
         if let Some(content) = self.contents.remove(&id) {
             if let Some(placed) = &entry.code {
@@ -479,8 +483,11 @@ impl Patcher {
         guest: &mut dyn StoppedGuest,
         located: &Located,
     ) -> Collected {
+        let hooked = self.hooked_trampolines();
         match &mut self.arena {
-            Some(arena) => self.retired.collect(guest, located, &self.know, arena),
+            Some(arena) => self
+                .retired
+                .collect(guest, located, &self.know, &hooked, arena),
             None => Collected::default(),
         }
     }

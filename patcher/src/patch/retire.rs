@@ -19,6 +19,7 @@ use crate::grace::{Holdout, Judge, Judgement, Queue, Switches};
 use crate::guest::{Gva, StoppedGuest};
 use crate::rules::{self, Rule};
 use crate::space::Located;
+use crate::stack::GeneratedCode;
 use crate::tasks::{Context, Hit, Task, TaskAddr, TaskError, Windows, awake, scan_of, tasks};
 
 /// The retired code of one guest.
@@ -180,17 +181,29 @@ impl Retirement {
         Some((entry.report.code, entry.content))
     }
 
-    /// Finds out what nobody is in, and frees what may be freed.
+    /// Retired trampolines, whose frames are known.
+    pub(super) fn trampolines(&self) -> impl Iterator<Item = GeneratedCode> + '_ {
+        let all = self.all.iter();
+        let framed = all.filter(|entry| entry.content.code.keeps_frames);
+        framed.map(|entry| GeneratedCode {
+            range: entry.report.code.range(),
+            name: format!("retired {}", entry.report.id),
+        })
+    }
+
+    /// Finds out what nobody is in, and frees what may be freed. `hooked` are trampolines that are in
+    /// use.
     pub(super) fn collect(
         &mut self,
         guest: &mut dyn StoppedGuest,
         located: &Located,
         know: &Knowledge,
+        hooked: &[GeneratedCode],
         arena: &mut Arena,
     ) -> Collected {
         let mut collected = Collected::default();
         if self.can_shrink() {
-            match self.judge(guest, located, know) {
+            match self.judge(guest, located, know, hooked) {
                 Ok(judgements) => self.settle(guest, arena, judgements, &mut collected),
                 Err(error) => collected.undecided = Some(with_causes(&error)),
             }
@@ -240,6 +253,7 @@ impl Retirement {
         guest: &dyn StoppedGuest,
         located: &Located,
         know: &Knowledge,
+        hooked: &[GeneratedCode],
     ) -> Result<Vec<Judgement>, TaskError> {
         let ranges = self.all.iter().flat_map(Entry::ranges);
         let windows = Windows::new(ranges);
@@ -262,7 +276,10 @@ impl Retirement {
             looked_at
         };
         let layout = know.stack.as_ref().ok();
-        let unwinder = layout.map(|layout| unwinder(know, guest, &space, located, layout));
+        let trampolines: Vec<_> = self.trampolines().chain(hooked.iter().cloned()).collect();
+        let unwinder = layout
+            .map(|layout| unwinder(know, guest, &space, located, layout))
+            .map(|unwinder| unwinder.with_generated(trampolines));
         let switches = |task: TaskAddr| {
             let field = know.switches.as_ref()?;
             space

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use super::knowledge::Knowledge;
+use super::report::PlacedCode;
+use super::retire::Content;
 use super::{PatchError, Patcher};
 use crate::guest::StoppedGuest;
 use crate::space::{Located, Space};
 use crate::stack::{
-    StackLayout, StacksReport, StacksRequest, Unwinder, Unwound, VcpuReport, unwind, vcpus,
+    GeneratedCode, StackLayout, StacksReport, StacksRequest, Unwinder, Unwound, VcpuReport, unwind,
+    vcpus,
 };
 use crate::tasks::tasks;
 
@@ -26,7 +29,8 @@ impl Patcher {
         let memory = &&*guest;
         let space = found.space(memory);
         let tasks = tasks(&space, &found, &self.know.tasks)?;
-        let unwinder = unwinder(&self.know, guest, &space, &found, layout);
+        let unwinder = unwinder(&self.know, guest, &space, &found, layout)
+            .with_generated(self.all_trampolines());
         Ok(unwind(&unwinder, found.slide, tasks, request))
     }
 
@@ -47,7 +51,8 @@ impl Patcher {
         let layout = self.stack_layout()?;
         let memory = &&*guest;
         let space = found.space(memory);
-        let unwinder = unwinder(&self.know, guest, &space, &found, layout);
+        let unwinder = unwinder(&self.know, guest, &space, &found, layout)
+            .with_generated(self.all_trampolines());
         Ok(vcpus(
             &unwinder,
             &space,
@@ -56,6 +61,31 @@ impl Patcher {
             &self.know.kernel,
             layout,
         ))
+    }
+
+    fn all_trampolines(&self) -> Vec<GeneratedCode> {
+        let mut all = self.hooked_trampolines();
+        all.extend(self.retired.trampolines());
+        all
+    }
+
+    /// Trampolines that are in use: their frames are known.
+    pub(super) fn hooked_trampolines(&self) -> Vec<GeneratedCode> {
+        let named = |placed: &PlacedCode, content: &Content, name: &str| {
+            content.code.keeps_frames.then(|| GeneratedCode {
+                range: placed.code.range(),
+                name: name.to_owned(),
+            })
+        };
+        let sites = self.ledger.applied().filter_map(|entry| {
+            let content = self.contents.get(&entry.id)?;
+            named(entry.code.as_ref()?, content, &entry.place)
+        });
+        let tracepoints = self.tracepoints.values().filter_map(|traced| {
+            let (placed, content) = &traced.function;
+            named(placed, content, traced.name())
+        });
+        sites.chain(tracepoints).collect()
     }
 
     fn stack_layout(&self) -> Result<&StackLayout, PatchError> {

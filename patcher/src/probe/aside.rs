@@ -49,6 +49,7 @@ fn code(asm: Asm, spins: bool) -> Code {
         data_align: 8,
         fixups: asm.fixups,
         functions: Vec::new(),
+        keeps_frames: false,
         keep: None,
         needs: Needs::default(),
     }

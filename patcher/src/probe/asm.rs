@@ -46,7 +46,7 @@ impl Reg {
     }
 }
 
-/// A jump whose end is not known yet.
+/// A jump or call whose end is not known yet.
 #[derive(Debug)]
 #[must_use]
 pub(super) struct Forward(usize);
@@ -116,6 +116,12 @@ impl Asm {
         self.with_target(opcode, Width::Signed32, symbol, 0);
     }
 
+    /// Bytes that end with a displacement.
+    pub(super) fn with_displacement(&mut self, bytes: &[u8], displacement: i32) {
+        self.raw(bytes);
+        self.raw(&displacement.to_le_bytes());
+    }
+
     /// `movabs $value,reg`
     pub(super) fn load(&mut self, reg: Reg, value: u64) {
         let number = reg.number();
@@ -151,6 +157,7 @@ impl Asm {
             fixups: self.fixups,
             functions: Vec::new(),
             needs: Needs::default(),
+            keeps_frames: false,
             keep: None,
         }
     }
@@ -171,6 +178,12 @@ impl Asm {
     /// A jump on a condition, by its second opcode byte (0x84: equal, ...).
     pub(super) fn jump_if(&mut self, condition: u8) -> Forward {
         self.raw(&[0x0f, condition, 0, 0, 0, 0]);
+        Forward(self.text.len())
+    }
+
+    /// A call of what comes later.
+    pub(super) fn call_ahead(&mut self) -> Forward {
+        self.raw(&[0xe8, 0, 0, 0, 0]);
         Forward(self.text.len())
     }
 

@@ -45,7 +45,7 @@ impl Needs {
 }
 
 macro_rules! registers {
-    ($($register:ident $name:literal $offset:literal,)*) => {
+    ($($register:ident $name:literal $number:literal $offset:literal,)*) => {
         /// A general register of a site, as it is when the site is reached.
         #[derive(Clone, Copy, PartialEq, Eq, Debug)]
         #[allow(missing_docs, reason = "they are the registers of the CPU")]
@@ -59,6 +59,13 @@ macro_rules! registers {
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$register => $name,)*
+                }
+            }
+
+            /// Its number in an instruction.
+            pub(super) const fn number(self) -> u8 {
+                match self {
+                    $(Self::$register => $number,)*
                 }
             }
 
@@ -88,22 +95,22 @@ macro_rules! registers {
 }
 
 registers! {
-    Sp "sp" 16,
-    R15 "r15" 24,
-    R14 "r14" 32,
-    R13 "r13" 40,
-    R12 "r12" 48,
-    Bx "bx" 56,
-    R11 "r11" 64,
-    R10 "r10" 72,
-    R9 "r9" 80,
-    R8 "r8" 88,
-    Ax "ax" 96,
-    Cx "cx" 104,
-    Dx "dx" 112,
-    Si "si" 120,
-    Di "di" 128,
-    Bp "bp" 144,
+    Sp "sp" 4 16,
+    R15 "r15" 15 24,
+    R14 "r14" 14 32,
+    R13 "r13" 13 40,
+    R12 "r12" 12 48,
+    Bx "bx" 3 56,
+    R11 "r11" 11 64,
+    R10 "r10" 10 72,
+    R9 "r9" 9 80,
+    R8 "r8" 8 88,
+    Ax "ax" 0 96,
+    Cx "cx" 1 104,
+    Dx "dx" 2 112,
+    Si "si" 6 120,
+    Di "di" 7 128,
+    Bp "bp" 5 144,
 }
 
 impl fmt::Display for Register {

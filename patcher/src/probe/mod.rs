@@ -9,12 +9,15 @@
 //! A breakpoint has the same for one instruction ([`aside`]): whoever is not to stop there runs it
 //! elsewhere.
 
+mod acts;
 mod aside;
 mod asm;
 mod callback;
 mod displace;
 mod errand;
 mod order;
+mod returning;
+mod section;
 mod trampoline;
 
 pub(crate) use aside::{OPEN, aside, spin};
@@ -24,6 +27,8 @@ pub use displace::DisplaceError;
 pub(crate) use displace::{Displaced, displace};
 pub(crate) use errand::{Call, Errand, errand_data, return_now};
 pub use order::index;
+pub(crate) use returning::Returning;
+pub use trampoline::When;
 pub(crate) use trampoline::{
     Act, Action, BUCKETS, Plan, RECORD, RECORDED, UNFINISHED, Variables, data, trampoline,
 };

@@ -288,19 +288,23 @@ impl Symbols {
     #[must_use]
     pub fn function_at(&self, at: LinkAddr) -> Option<Place<'_>> {
         let place = self.at(at)?;
-        let start = place.symbol.value();
+        let start = LinkAddr(place.symbol.value());
+        let symbol = self.functions_from(start).next()?;
+        Some(Place { symbol, ..place })
+    }
+
+    /// Every function that begins at `at`: one and the same, by all of its names.
+    pub fn functions_from(&self, at: LinkAddr) -> impl Iterator<Item = Symbol<'_>> {
         let first = self
             .by_address
-            .partition_point(|&number| self.raw(number) < start);
-        let same = self.by_address.get(first..)?.iter();
-        let symbol = same
-            .map(|&number| Symbol {
-                symbols: self,
-                index: number as usize,
-            })
-            .take_while(|symbol| symbol.value() == start)
-            .find(Symbol::is_function)?;
-        Some(Place { symbol, ..place })
+            .partition_point(|&number| self.raw(number) < at.0);
+        let all = self.by_address.get(first..).unwrap_or_default().iter();
+        let here = all.take_while(move |&&number| self.raw(number) == at.0);
+        here.map(|&number| Symbol {
+            symbols: self,
+            index: number as usize,
+        })
+        .filter(Symbol::is_function)
     }
 
     fn raw(&self, number: u32) -> u64 {

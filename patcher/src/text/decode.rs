@@ -157,6 +157,22 @@ pub(crate) fn indirect_jump(
         .map(|instruction| Gva(instruction.ip()))
 }
 
+/// Whether any instruction in `code` leaves a function whose parts are `within` for good: it returns,
+/// or jumps to elsewhere or to an address that it computes.
+pub(crate) fn leaves(start: Gva, code: &[u8], within: &[Range<Gva>]) -> bool {
+    let mut decoder = Decoder::with_ip(64, code, start.0, DecoderOptions::NONE);
+    let elsewhere = |target: Gva| !within.iter().any(|part| part.contains(&target));
+    decoder
+        .iter()
+        .any(|instruction| match instruction.flow_control() {
+            FlowControl::Return | FlowControl::IndirectBranch => true,
+            FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch => {
+                elsewhere(Gva(instruction.near_branch_target()))
+            }
+            _ => false,
+        })
+}
+
 /// Length of the instruction that `bytes` begin with, when they begin with one.
 pub(crate) fn instruction_len(bytes: &[u8]) -> Option<u64> {
     let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();

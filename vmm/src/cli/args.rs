@@ -291,6 +291,24 @@ pub struct CallbackOptions {
     pub priority: Option<i32>,
 }
 
+/// What a probe does when a function returns.
+#[derive(Args, Debug, Default)]
+pub struct ReturnOptions {
+    /// Do it when the function returns that begins at the site; ax is what it returns
+    #[arg(long = "return")]
+    pub returned: bool,
+    /// Count for each CPU how often the function took how many cycles of the time stamp counter
+    #[arg(long, conflicts_with_all = ["histogram", "record", "callback"])]
+    pub latency: bool,
+    /// With --return or --latency: only where this held when the function was called
+    #[arg(long, value_name = "COMPARISON")]
+    pub if_called: Option<String>,
+    /// With --return or --latency: the function has at most so many 8-byte words of arguments on the
+    /// stack; needed where the kernel's types do not tell
+    #[arg(long, value_name = "N")]
+    pub stack_words: Option<u32>,
+}
+
 /// `probe`.
 #[derive(Subcommand, Debug)]
 pub enum ProbeCommand {
@@ -304,6 +322,9 @@ pub enum ProbeCommand {
         /// What it does
         #[command(flatten)]
         callback: CallbackOptions,
+        /// When it does it
+        #[command(flatten)]
+        returns: ReturnOptions,
         /// How long to try, such as 500ms or 5s
         #[arg(long, value_name = "TIME")]
         deadline: Option<Deadline>,
@@ -319,7 +340,7 @@ pub enum ProbeCommand {
     },
     /// List probes and their hits
     List,
-    /// Show what a probe with `--histogram` has counted
+    /// Show what a probe with `--histogram` or `--latency` has counted
     Histogram {
         /// Its number
         id: u64,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use patcher::patch::{Callback, ProbeRequest, TracepointRequest, USUAL_PRIORITY};
-use patcher::probe::{Needs, Predicate, Register};
+use patcher::probe::{Needs, Predicate, Register, When};
 use serde::Deserialize;
 
 use super::commands::{invalid, object, site};
@@ -20,6 +20,7 @@ enum Kinds {
     #[default]
     Count,
     Histogram,
+    Latency,
     Record,
     Code,
 }
@@ -50,8 +51,16 @@ pub(super) struct Attach {
     #[serde(default)]
     registers: Vec<String>,
     records: Option<u32>,
+    /// When the function returns that begins there.
+    #[serde(default, rename = "return")]
+    returned: bool,
     #[serde(rename = "if")]
     only_if: Option<String>,
+    /// At the return: what held when the function was called.
+    #[serde(rename = "if-called")]
+    only_if_called: Option<String>,
+    /// At the return: how much the function's callers put on the stack for it.
+    stack_words: Option<u32>,
     data: Option<NumberArgument>,
     priority: Option<i32>,
     #[serde(default)]
@@ -84,13 +93,22 @@ impl Attach {
         let sites = sites.collect::<Result<Vec<_>, _>>()?;
         let value = self.data.unwrap_or_default().0;
         let priority = self.priority.unwrap_or(0);
-        let only_if = self.only_if()?;
+        let only_if = predicate("if", self.only_if.as_deref())?;
+        let only_if_called = predicate("if-called", self.only_if_called.as_deref())?;
+        let stack_words = self.stack_words;
+        let when = match self.returned {
+            true => When::Returned,
+            false => When::Reached,
+        };
         let callback = self.callback()?;
         let all = sites.into_iter().map(|site| ProbeRequest {
             site,
             value,
             priority,
+            when,
             only_if,
+            only_if_called,
+            stack_words,
             callback: callback.clone(),
         });
         Ok(all.collect())
@@ -101,18 +119,24 @@ impl Attach {
         let site = self.sites.as_ref().and_then(|sites| sites.first());
         let site = self.site.as_ref().or(site).map(String::as_str);
         let name = given("name", self.name.as_deref(), ("site", site))?;
+        let of_functions = [
+            ("return", self.returned),
+            ("if-called", self.only_if_called.is_some()),
+            ("stack-words", self.stack_words.is_some()),
+        ];
+        if let Some((argument, _)) = of_functions.iter().find(|(_, given)| *given) {
+            return Err(invalid(
+                argument,
+                "a tracepoint is no function that returns",
+            ));
+        }
         Ok(TracepointRequest {
             name: name.to_owned(),
             value: self.data.unwrap_or_default().0,
             priority: self.priority.unwrap_or(USUAL_PRIORITY),
-            only_if: self.only_if()?,
+            only_if: predicate("if", self.only_if.as_deref())?,
             callback: self.callback()?,
         })
-    }
-
-    fn only_if(&self) -> Result<Option<Predicate>, QmpError> {
-        let parsed = self.only_if.as_deref().map(str::parse::<Predicate>);
-        parsed.transpose().map_err(|error| invalid("if", error))
     }
 
     fn callback(self) -> Result<Callback, QmpError> {
@@ -141,6 +165,7 @@ impl Attach {
         match (kind, self.object, registers.as_slice()) {
             (Kinds::Count, None, []) => Ok(Callback::Count),
             (Kinds::Histogram, None, [register]) => Ok(Callback::Histogram(*register)),
+            (Kinds::Latency, None, []) => Ok(Callback::Latency),
             (Kinds::Record, None, _) => Ok(Callback::Record {
                 registers,
                 records: self.records,
@@ -152,13 +177,18 @@ impl Attach {
             }),
             (Kinds::Code, None, _) => Err(invalid("object", "code is in one: give its path")),
             (Kinds::Histogram, ..) => Err(invalid("registers", "a histogram is of one register")),
-            (Kinds::Count | Kinds::Code, ..) => Err(invalid(
+            (Kinds::Count | Kinds::Latency | Kinds::Code, ..) => Err(invalid(
                 "registers",
                 "only histograms and records have them",
             )),
             (Kinds::Record, Some(_), _) => Err(invalid("object", "records need none")),
         }
     }
+}
+
+fn predicate(argument: &str, text: Option<&str>) -> Result<Option<Predicate>, QmpError> {
+    let parsed = text.map(str::parse::<Predicate>).transpose();
+    parsed.map_err(|error| invalid(argument, error))
 }
 
 /// One of two arguments, of which each belongs to another command.

@@ -202,6 +202,7 @@ pub(super) fn parse(
         fixups: Vec::new(),
         functions: functions(&elf, &layout),
         needs: needs(&elf)?,
+        keeps_frames: false,
         keep: None,
     };
     for (_, section) in &placed {

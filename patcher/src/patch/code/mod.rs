@@ -90,6 +90,8 @@ pub struct Code {
     pub(crate) functions: Vec<Function>,
     /// What it says that it needs of the place where it is called.
     pub(crate) needs: Needs,
+    /// Wherever it calls anything, its frame pointer leads to the frame below.
+    pub(crate) keeps_frames: bool,
     /// Why it may never be freed, when it may not.
     pub(crate) keep: Option<String>,
 }
@@ -119,6 +121,7 @@ impl Code {
                 global: true,
             }],
             needs: Needs::default(),
+            keeps_frames: false,
             keep: None,
         };
         code.keep = keep::reason(&code);

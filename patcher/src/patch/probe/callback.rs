@@ -9,7 +9,8 @@ use super::super::{EntryId, Origin, PatchError};
 use crate::arena::{Arena, Slot};
 use crate::guest::{Gva, StoppedGuest};
 use crate::probe::{
-    Act, Action, BUCKETS, Needs, PerCpu, Predicate, RECORD, RECORDED, Register, Variables, data,
+    Act, Action, BUCKETS, Needs, PerCpu, Predicate, RECORD, RECORDED, Register, Variables, When,
+    data,
 };
 
 /// The name of a callback's function.
@@ -29,6 +30,9 @@ pub enum Callback {
     Count,
     /// Counts how often a register has which magnitude, for each CPU.
     Histogram(Register),
+    /// Counts how often a function took how long, in cycles of the time stamp counter, for each CPU
+    /// that it returned on.
+    Latency,
     /// Keeps the last records of who came by, with up to four registers.
     Record {
         /// What to keep.
@@ -71,6 +75,8 @@ pub enum Does {
         /// Of this register.
         register: Register,
     },
+    /// A histogram of how long the function took.
+    Latency,
     /// Records.
     Record {
         /// With these registers.
@@ -95,6 +101,7 @@ impl Does {
             Action::Histogram(register) => Self::Histogram {
                 register: *register,
             },
+            Action::Latency => Self::Latency,
             Action::Record { registers, records } => Self::Record {
                 registers: registers.clone(),
                 records: *records,
@@ -127,10 +134,10 @@ impl Attached {
         Does::of(&self.act.action)
     }
 
-    /// It neither sleeps nor calls. Code of somebody else's may do so even where it calls nothing: a
+    /// It neither sleeps nor calls, and nothing returns to it. Code of somebody else's may do so even where it calls nothing: a
     /// fault of its own is handled by code that sleeps.
     pub(in super::super) fn is_plain(&self) -> bool {
-        !matches!(self.act.action, Action::Call { .. })
+        !matches!(self.act.action, Action::Call { .. }) && self.act.when == When::Reached
     }
 }
 
@@ -139,6 +146,7 @@ impl Prepared {
         Ok(match callback {
             Callback::Count => Self::Inline(Action::Count),
             Callback::Histogram(register) => Self::Inline(Action::Histogram(register)),
+            Callback::Latency => Self::Inline(Action::Latency),
             Callback::Record { registers, records } => {
                 let records = records.unwrap_or(USUAL_RECORDS);
                 if records == 0 || records > MOST_RECORDS || registers.len() > RECORDED {
@@ -169,6 +177,14 @@ impl Prepared {
         })
     }
 
+    /// When it acts, if it is asked to at `when`: a function took some time only when it returns.
+    pub(in super::super) fn acts(&self, when: When) -> When {
+        match self {
+            Self::Inline(Action::Latency) => When::Returned,
+            _ => when,
+        }
+    }
+
     /// Whether trampolines for it look at the guest's variables.
     pub(in super::super) fn looks(&self) -> bool {
         !matches!(self, Self::Inline(Action::Count))
@@ -192,7 +208,9 @@ impl Prepared {
 /// What a callback is placed with.
 pub(in super::super) struct Wanted<'a> {
     pub(in super::super) prepared: &'a Prepared,
+    pub(in super::super) when: When,
     pub(in super::super) only_if: Option<Predicate>,
+    pub(in super::super) only_if_called: Option<Predicate>,
     pub(in super::super) value: u64,
     pub(in super::super) at: Gva,
     pub(in super::super) cpus: u64,
@@ -237,7 +255,7 @@ impl Wanted<'_> {
         let arena = placing.arena(guest)?;
         let more = match &action {
             Action::Count | Action::Call { .. } => 0,
-            Action::Histogram(_) => self.cpus * BUCKETS * 8,
+            Action::Histogram(_) | Action::Latency => self.cpus * BUCKETS * 8,
             Action::Record { records, .. } => records * RECORD,
         };
         let mut first = [0; 64];
@@ -260,7 +278,9 @@ impl Wanted<'_> {
             Ok(data) => Ok(Ready {
                 act: Act {
                     action,
+                    when: self.when,
                     only_if: self.only_if,
+                    only_if_called: self.only_if_called,
                     value: self.value,
                     data: data.at,
                 },

@@ -6,6 +6,7 @@
 
 mod callback;
 mod report;
+mod returning;
 mod site;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,13 +18,17 @@ use super::retire::{Content, Leaving};
 use super::writing::{may_go, still_ours};
 use super::{EntryId, PatchError, Patcher};
 use crate::guest::{Gva, LinkAddr, StoppedGuest};
-use crate::probe::{Act, Displaced, Plan, Predicate, Variables, trampoline};
+use crate::probe::{Act, Displaced, Plan, Predicate, Returning, Variables, When, trampoline};
 use crate::space::Located;
 use crate::symbols::Site;
 pub(super) use callback::{Attached, Prepared, Ready, Wanted, variables};
 pub use callback::{Callback, Does};
 pub(super) use report::hexadecimal;
-pub use report::{AllDetached, Detached, Histogram, NewProbe, ProbeInfo, Recorded, Records};
+pub use report::{
+    AllDetached, Detached, Histogram, Measured, NewProbe, ProbeInfo, Recorded, Records,
+};
+pub use returning::ReturnError;
+use returning::{returning, returns};
 use site::{allowed, nothing_leads_inside, place};
 
 /// Where to put a probe, and what it does.
@@ -37,8 +42,15 @@ pub struct ProbeRequest {
     pub value: u64,
     /// Probes of a site with a higher one come first; of equal ones, the one that was there first.
     pub priority: i32,
-    /// It does it only where this holds.
+    /// It does it when the site is reached, or when the function returns whose entry it is.
+    pub when: When,
+    /// It does it only where this holds of the registers at that moment.
     pub only_if: Option<Predicate>,
+    /// At the return: only where this held of the registers when the function was called.
+    pub only_if_called: Option<Predicate>,
+    /// At the return: words of arguments that the function has on the stack, at most. Without it, as
+    /// many as the kernel's types tell.
+    pub stack_words: Option<u32>,
 }
 
 impl ProbeRequest {
@@ -50,7 +62,10 @@ impl ProbeRequest {
             callback: Callback::Count,
             value: 0,
             priority: 0,
+            when: When::Reached,
             only_if: None,
+            only_if_called: None,
+            stack_words: None,
         }
     }
 }
@@ -64,7 +79,10 @@ pub struct PreparedProbe {
     callback: Prepared,
     value: u64,
     priority: i32,
+    when: When,
     only_if: Option<Predicate>,
+    only_if_called: Option<Predicate>,
+    stack_words: Option<u32>,
     variables: Option<Variables>,
 }
 
@@ -76,6 +94,8 @@ pub(super) struct ProbeSite {
     /// It is where the kernel's own tracer would be.
     entry: bool,
     variables: Option<Variables>,
+    /// What is known of the function's return, when a probe has asked for it.
+    returning: Option<Returning>,
     attached: Vec<Attached>,
 }
 
@@ -99,6 +119,7 @@ impl ProbeSite {
             entry: self.entry,
             called: false,
             variables: self.variables.as_ref(),
+            returning: self.returning,
         })
     }
 
@@ -115,6 +136,16 @@ impl ProbeSite {
         crate::probe::index(priority, others)
     }
 
+    /// Takes note of what a probe needs that comes to it.
+    fn needs(&mut self, prepared: &PreparedProbe, returning: Option<Returning>) {
+        self.variables = self.variables.or(prepared.variables);
+        let words = |known: &Returning| known.stack_words;
+        self.returning = [self.returning, returning]
+            .into_iter()
+            .flatten()
+            .max_by_key(words);
+    }
+
     /// Nobody sleeps in its trampoline, and nothing is called from there.
     fn is_plain(&self) -> bool {
         self.attached.iter().all(Attached::is_plain)
@@ -128,10 +159,22 @@ impl Patcher {
     /// [`PatchError`]: unknown or forbidden site, a callback that cannot be used.
     pub fn prepare_probe(&self, request: ProbeRequest) -> Result<PreparedProbe, PatchError> {
         let link = request.site.resolve(self.know.kernel.symbols())?;
-        if let Some(link) = link {
-            allowed(&self.know, link, &request.site)?;
-        }
         let callback = Prepared::new(&self.know, request.callback)?;
+        let when = callback.acts(request.when);
+        if let Some(link) = link {
+            let function = allowed(&self.know, link, &request.site)?;
+            if when == When::Returned {
+                returning(&self.know, &function, request.stack_words)?;
+            }
+        }
+        let told = request.only_if_called.is_some() || request.stack_words.is_some();
+        if told && when == When::Reached {
+            return Err(PatchError::Request(
+                "only a probe that acts when a function returns tells what held when it was called, \
+                 and how many arguments are on the stack"
+                    .into(),
+            ));
+        }
         let variables = match callback.looks() || request.only_if.is_some() {
             true => Some(variables(&self.know)?),
             false => None,
@@ -145,7 +188,10 @@ impl Patcher {
             callback,
             value: request.value,
             priority: request.priority,
+            when,
             only_if: request.only_if,
+            only_if_called: request.only_if_called,
+            stack_words: request.stack_words,
             variables,
         })
     }
@@ -181,10 +227,17 @@ impl Patcher {
         };
         let function = allowed(&self.know, link, &prepared.site)?;
         let place = place(&check, &function, link)?;
+        let returning = match prepared.when {
+            When::Reached => None,
+            When::Returned => {
+                returns(&check, &function, &place)?;
+                Some(returning(&self.know, &function, prepared.stack_words)?)
+            }
+        };
         let at = place.link.at(found.slide);
         let here = |site: &&EntryId| self.sites.get(site).is_some_and(|site| site.at == at);
         if let Some(&id) = self.sites.keys().find(here) {
-            return self.attach_more(guest, found, id, prepared, origin);
+            return self.attach_more(guest, found, id, (prepared, returning), origin);
         }
         let (displaced, before) = place.instructions(&function, at)?;
         let back = at.offset(displaced.len as u64);
@@ -208,6 +261,7 @@ impl Patcher {
             displaced,
             entry: place.entry,
             variables: prepared.variables,
+            returning,
             attached: Vec::new(),
         };
         let ready = self.put_callback(guest, found, prepared, at)?;
@@ -245,16 +299,15 @@ impl Patcher {
         guest: &mut dyn StoppedGuest,
         found: &Located,
         change: EntryId,
-        prepared: &PreparedProbe,
+        (prepared, returning): (&PreparedProbe, Option<Returning>),
         origin: &Origin,
     ) -> Result<NewProbe, PatchError> {
         let site = self.site(change)?;
         let (at, index, mut acts) = (site.at, site.index(prepared.priority), site.acts());
-        let variables = site.variables.or(prepared.variables);
         let ready = self.put_callback(guest, found, prepared, at)?;
         acts.insert(index, ready.act.clone());
         if let Some(site) = self.sites.get_mut(&change) {
-            site.variables = variables;
+            site.needs(prepared, returning);
         }
         let id = self.ledger.next();
         let plain = self.site(change)?.is_plain();
@@ -392,7 +445,12 @@ impl Patcher {
         let (at, plain) = (site.at, site.is_plain());
         let mut acts = site.acts();
         acts.remove(index);
-        let (old, content) = self.rehook(guest, found, change, &acts, origin)?;
+        self.set_out(guest, change, Some(id), true)?;
+        let rehooked = self.rehook(guest, found, change, &acts, origin);
+        if rehooked.is_err() {
+            self.set_out(guest, change, Some(id), false)?;
+        }
+        let (old, content) = rehooked?;
         let mut leaving = Leaving::new(id, &old, content, origin.at_ms)
             .sleeps(!plain)
             .of_site(at);
@@ -469,7 +527,9 @@ impl Patcher {
     ) -> Result<Ready, PatchError> {
         let wanted = Wanted {
             prepared: &prepared.callback,
+            when: prepared.when,
             only_if: prepared.only_if,
+            only_if_called: prepared.only_if_called,
             value: prepared.value,
             at,
             cpus: found.per_cpu.cpus().count() as u64,
@@ -513,7 +573,10 @@ impl PreparedProbe {
             callback,
             value: 0,
             priority: i32::MAX,
+            when: When::Reached,
             only_if: None,
+            only_if_called: None,
+            stack_words: None,
             variables: Some(variables),
         })
     }

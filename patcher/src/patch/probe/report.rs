@@ -1,11 +1,12 @@
 //! What probes have seen. Everything is read from the arena, whether or not the guest runs.
 
+use super::super::code::Resolved;
 use super::super::report::{Applied, Collected, Origin, Reverted};
 use super::super::{EntryId, PatchError, Patcher};
 use super::callback::{Attached, Does};
 use crate::arena::Arena;
 use crate::guest::{GuestMemory, Gva};
-use crate::probe::{Action, BUCKETS, Predicate, RECORD, Register, UNFINISHED, data};
+use crate::probe::{Action, BUCKETS, Predicate, RECORD, Register, UNFINISHED, When, data};
 
 /// A probe that is in the guest.
 #[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
@@ -27,9 +28,15 @@ pub struct ProbeInfo {
     pub data: u64,
     /// Those with a higher one come first.
     pub priority: i32,
-    /// It does it only where this holds.
+    /// It does it when the site is reached, or when the function returns.
+    pub when: When,
+    /// It does it only where this holds at that moment.
     pub only_if: Option<Predicate>,
-    /// How often the site was reached since it was attached, or its callback called.
+    /// At the return: only where this held when the function was called.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub only_if_called: Option<Predicate>,
+    /// How often the site was reached since it was attached, or the function returned, or its callback
+    /// was called.
     pub hits: u64,
     /// How often its callback was not called: nested in a callback, or where it may not be.
     pub skipped: u64,
@@ -69,14 +76,34 @@ pub struct AllDetached {
     pub collected: Collected,
 }
 
-/// How often a register had which magnitude.
+/// What a histogram is of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
+#[serde(untagged, rename_all_fields = "kebab-case")]
+pub enum Measured {
+    /// A register.
+    Register {
+        /// Which.
+        register: Register,
+    },
+    /// How long a function took.
+    Latency {
+        /// `tsc-cycles`
+        unit: &'static str,
+        /// How many of them the guest's kernel says are a millisecond, where it does.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        tsc_khz: Option<u64>,
+    },
+}
+
+/// How often something had which magnitude.
 #[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Histogram {
     /// The probe.
     pub id: EntryId,
-    /// The register.
-    pub register: Register,
+    /// What was measured.
+    #[serde(flatten)]
+    pub of: Measured,
     /// For each CPU, how often the value was 0, and then, for each n from 0 on, how often it was
     /// between 2^n and 2^(n+1) - 1. Trailing zeros are left out.
     pub cpus: Vec<Vec<u64>>,
@@ -176,7 +203,9 @@ impl Patcher {
             does: probe.does(),
             data: probe.act.value,
             priority: probe.priority,
+            when: probe.act.when,
             only_if: probe.act.only_if,
+            only_if_called: probe.act.only_if_called,
             hits: word(data::HITS)?,
             skipped: word(data::SKIPPED)?,
             origin: probe.origin.clone(),
@@ -194,8 +223,13 @@ impl Patcher {
         id: EntryId,
     ) -> Result<Histogram, PatchError> {
         let probe = self.attached(id)?;
-        let Action::Histogram(register) = probe.act.action else {
-            return Err(makes_no(id, "histogram"));
+        let of = match probe.act.action {
+            Action::Histogram(register) => Measured::Register { register },
+            Action::Latency => Measured::Latency {
+                unit: "tsc-cycles",
+                tsc_khz: self.tsc_khz(memory),
+            },
+            _ => return Err(makes_no(id, "histogram")),
         };
         let bytes = self.more(memory, probe)?;
         let words = words(&bytes);
@@ -209,9 +243,20 @@ impl Patcher {
         };
         Ok(Histogram {
             id,
-            register,
+            of,
             cpus: words.chunks_exact(buckets).map(trimmed).collect(),
         })
+    }
+
+    /// What the guest's kernel has found out about its time stamp counter.
+    fn tsc_khz(&self, memory: &dyn GuestMemory) -> Option<u64> {
+        let found = self.found.as_ref()?;
+        let Ok(Resolved::Linked(variable)) = self.know.resolve("tsc_khz") else {
+            return None;
+        };
+        let space = found.space(memory);
+        let khz = space.read_sized(variable.at(found.slide), 4).ok()?;
+        (khz != 0).then_some(khz)
     }
 
     /// The records of a probe in the guest, which may run, from number `since` on.

@@ -20,7 +20,7 @@ use super::report::{Collected, Origin, PlacedCode};
 use super::retire::{Content, Leaving};
 use super::{EntryId, PatchError, Patcher};
 use crate::guest::{GuestMemory, Gva, LinkAddr, StoppedGuest};
-use crate::probe::{Call, Plan, Predicate, data, return_now, trampoline};
+use crate::probe::{Call, Plan, Predicate, When, data, return_now, trampoline};
 use crate::rules::{self, Rule};
 use crate::space::Located;
 use errand::{Begun, Means, Progress};
@@ -111,9 +111,16 @@ pub(super) struct Traced {
     address: Gva,
     state: TracepointState,
     /// The function that the guest calls.
-    function: (PlacedCode, Content),
+    pub(super) function: (PlacedCode, Content),
     pub(super) probe: Attached,
     errand: Option<Begun>,
+}
+
+impl Traced {
+    /// Name of the tracepoint.
+    pub(super) fn name(&self) -> &str {
+        &self.prepared.name
+    }
 }
 
 /// Callbacks on tracepoints by their number.
@@ -161,6 +168,11 @@ impl Patcher {
             }
         };
         let callback = Prepared::new(know, request.callback)?;
+        if callback.acts(When::Reached) != When::Reached {
+            return Err(PatchError::Request(
+                "a tracepoint is a place and takes no time: measure a function".into(),
+            ));
+        }
         let means = Means::of(know)?;
         callback.check(&means.variables)?;
         let mut synchronize = vec![(symbol("synchronize_rcu")?, None)];
@@ -204,7 +216,9 @@ impl Patcher {
         let address = prepared.tracepoint.at(found.slide);
         let wanted = Wanted {
             prepared: &prepared.callback,
+            when: When::Reached,
             only_if: prepared.only_if,
+            only_if_called: None,
             value: prepared.value,
             at: address,
             cpus: found.per_cpu.cpus().count() as u64,
@@ -217,6 +231,7 @@ impl Patcher {
             entry: true,
             called: true,
             variables: Some(&prepared.means.variables),
+            returning: None,
         });
         let placed = self.placing(&found).place(guest, &code, 0);
         let NewPlace {

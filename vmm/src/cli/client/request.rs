@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 use super::connection::ClientError;
 use super::render;
 use crate::cli::args::{
-    CallbackOptions, ClientCommand, GpCommand, PatchCommand, ProbeCommand, TextCommand,
-    TracepointCommand, VcpuCommand,
+    CallbackOptions, ClientCommand, GpCommand, PatchCommand, ProbeCommand, ReturnOptions,
+    TextCommand, TracepointCommand, VcpuCommand,
 };
 use crate::cli::values::Deadline;
 
@@ -208,6 +208,7 @@ fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
         ProbeCommand::Attach {
             mut sites,
             callback,
+            returns,
             deadline,
         } => {
             let place = match (sites.pop(), sites.is_empty()) {
@@ -217,7 +218,7 @@ fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
                     ("sites", all.collect())
                 }
             };
-            ask("probe-attach", attach(place, callback, deadline)?)
+            ask("probe-attach", attach(place, callback, returns, deadline)?)
         }
         ProbeCommand::Detach { ids, deadline } => {
             let (name, which) = match ids.as_slice() {
@@ -242,11 +243,13 @@ fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
 fn attach(
     (place, at): (&str, Value),
     options: CallbackOptions,
+    returns: ReturnOptions,
     deadline: Option<Deadline>,
 ) -> Result<Value, ClientError> {
-    let kind = match (&options.histogram, &options.record) {
-        (Some(_), _) => Some("histogram"),
-        (_, Some(_)) => Some("record"),
+    let kind = match (&options.histogram, &options.record, returns.latency) {
+        (Some(_), ..) => Some("histogram"),
+        (_, Some(_), _) => Some("record"),
+        (.., true) => Some("latency"),
         _ => None,
     };
     let registers = options.histogram.map(|register| vec![register]);
@@ -261,7 +264,10 @@ fn attach(
         "nmi": yes(options.nmi),
         "registers": registers.or(options.record),
         "records": options.records,
+        "return": yes(returns.returned || returns.latency),
         "if": options.only_if,
+        "if-called": returns.if_called,
+        "stack-words": returns.stack_words,
         "data": options.data,
         "priority": options.priority,
         "deadline": deadline.map(|d| d.as_millis()),
@@ -303,7 +309,12 @@ fn tracepoint(command: TracepointCommand) -> Result<Request, ClientError> {
             callback,
             deadline,
         } => {
-            let arguments = attach(("name", json!(name)), callback, deadline)?;
+            let arguments = attach(
+                ("name", json!(name)),
+                callback,
+                ReturnOptions::default(),
+                deadline,
+            )?;
             let request = ask("tracepoint-attach", arguments);
             Request {
                 show: render::traced,
@@ -389,6 +400,17 @@ mod tests {
                 "stillpoint probe attach f --callback /dev/null --data 0x10 --may-sleep",
                 "probe-attach",
                 json!({"site": "f", "object": "/dev/null", "data": 16, "may-sleep": true}),
+            ),
+            (
+                "stillpoint probe attach f --return --record ax --if ax>=1 --if-called di==2",
+                "probe-attach",
+                json!({"site": "f", "callback": "record", "registers": ["ax"], "return": true,
+                       "if": "ax>=1", "if-called": "di==2"}),
+            ),
+            (
+                "stillpoint probe attach f --latency --stack-words 3",
+                "probe-attach",
+                json!({"site": "f", "callback": "latency", "return": true, "stack-words": 3}),
             ),
             (
                 "stillpoint probe attach f g+1",

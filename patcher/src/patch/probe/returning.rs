@@ -1,0 +1,173 @@
+//! Whose return a probe can act at.
+//!
+//! The function must begin where the probe is and return to where it was called from, and it must be
+//! known how much its callers put on the stack for it: that is what the kernel's own types tell.
+
+use super::super::check::Check;
+use super::super::knowledge::{Function, Knowledge};
+use super::super::{EntryId, PatchError, Patcher};
+use super::site::Place;
+use crate::arena::Slot;
+use crate::guest::StoppedGuest;
+use crate::probe::{Returning, When, data};
+use crate::text::leaves;
+
+/// Functions that begin in one task and end in another, by how their names begin.
+const SWITCHING: [&str; 2] = ["__switch_to", "ret_from_fork"];
+/// No function of the kernel has half as many.
+const MOST_STACK_WORDS: u32 = 64;
+
+/// Why no probe can act at the return of a function.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReturnError {
+    /// It is not where the function begins.
+    #[error("a probe of its return is put where it begins: give its name alone")]
+    NotItsEntry,
+    /// Its stack is another one when it returns.
+    #[error("it begins in one task and returns in another; probe the function that calls it")]
+    Switches,
+    /// There is no way out of it.
+    #[error("it has no return in it; probe where it begins")]
+    NeverReturns,
+    /// What is on the stack is not known.
+    #[error(
+        "how many arguments it has on the stack is not known ({why}); say with stack-words how many \
+         8-byte words they may have, which is 0 for up to six plain arguments"
+    )]
+    UnknownArguments {
+        /// What the types lack.
+        why: String,
+    },
+    /// Nobody would need that many.
+    #[error(
+        "{words} words of arguments on the stack are too many; at most {MOST_STACK_WORDS} are copied"
+    )]
+    TooManyWords {
+        /// As they were given.
+        words: u32,
+    },
+}
+
+/// What there is to know of `function` to act at its return, without a guest. `told` is what somebody
+/// says of its arguments.
+pub(super) fn returning(
+    know: &Knowledge,
+    function: &Function,
+    told: Option<u32>,
+) -> Result<Returning, PatchError> {
+    let refuse = |why| PatchError::Return {
+        function: function.name.clone(),
+        why,
+    };
+    let names = names(know, function);
+    let switches = |name: &String| SWITCHING.iter().any(|start| name.starts_with(start));
+    if names.iter().any(switches) {
+        return Err(refuse(ReturnError::Switches));
+    }
+    let stack_words = match told {
+        Some(words) => words,
+        None => stack_words(know, &names)
+            .map_err(|why| refuse(ReturnError::UnknownArguments { why }))?,
+    };
+    if stack_words > MOST_STACK_WORDS {
+        return Err(refuse(ReturnError::TooManyWords { words: stack_words }));
+    }
+    Ok(Returning {
+        stack_words,
+        thunk: know.resolve("__x86_return_thunk").ok(),
+    })
+}
+
+/// What can be told only of the running kernel: a probe at `place` can act when `function` returns.
+pub(super) fn returns(
+    check: &Check<'_>,
+    function: &Function,
+    place: &Place,
+) -> Result<(), PatchError> {
+    let refuse = |why| PatchError::Return {
+        function: function.name.clone(),
+        why,
+    };
+    if !place.entry {
+        return Err(refuse(ReturnError::NotItsEntry));
+    }
+    let slide = check.located.slide;
+    let parts = check.parts(function);
+    let within: Vec<_> = parts
+        .iter()
+        .map(|part| part.start.at(slide)..part.start.offset(part.size).at(slide))
+        .collect();
+    for part in &parts {
+        let code = check.code(part, part.start.offset(part.size))?;
+        let whole = usize::try_from(part.size).unwrap_or(0);
+        let code = code.get(..whole).unwrap_or(&code);
+        if leaves(part.start.at(slide), code, &within) {
+            return Ok(());
+        }
+    }
+    Err(refuse(ReturnError::NeverReturns))
+}
+
+/// All names of a function.
+fn names(know: &Knowledge, function: &Function) -> Vec<String> {
+    let symbols = know.kernel.symbols();
+    let mut names: Vec<_> = symbols
+        .functions_from(function.start)
+        .map(|symbol| symbol.name())
+        .collect();
+    if names.is_empty() {
+        names.push(function.name.clone());
+    }
+    names
+}
+
+/// Words of arguments on the stack, by the types of whichever of its names the kernel has types for.
+fn stack_words(know: &Knowledge, names: &[String]) -> Result<u32, String> {
+    let symbols = know.kernel.symbols();
+    let mut most = None;
+    let mut why = String::new();
+    for name in names {
+        // The types have one function of each name.
+        if symbols.named(name).filter(|one| one.is_function()).count() > 1 {
+            why = format!("there are several functions called {name}");
+            continue;
+        }
+        match know.kernel.types().calling(name) {
+            Ok(calling) if calling.variadic => {
+                return Err("their number varies".into());
+            }
+            Ok(calling) => most = most.max(Some(calling.stack_words)),
+            Err(_) if most.is_some() => {}
+            Err(error) => why = error.to_string(),
+        }
+    }
+    let words = most.ok_or(why)?;
+    Ok(u32::try_from(words).unwrap_or(u32::MAX))
+}
+
+impl Patcher {
+    /// Whoever is in the function returns without what the probes of a site do; or only one of them.
+    /// `out` is false to take that back.
+    pub(in super::super) fn set_out(
+        &self,
+        guest: &mut dyn StoppedGuest,
+        change: EntryId,
+        only: Option<EntryId>,
+        out: bool,
+    ) -> Result<(), PatchError> {
+        let Some(site) = self.sites.get(&change) else {
+            return Ok(());
+        };
+        let all = site.attached.iter();
+        let waiting = all.filter(|probe| probe.act.when == When::Returned);
+        for probe in waiting.filter(|probe| only.is_none_or(|only| only == probe.id)) {
+            let word = Slot {
+                at: probe.data.at.offset(data::OUT),
+                len: 8,
+            };
+            let arena = self.arena_or_lost()?;
+            arena.fill(guest, word, &u64::from(out).to_le_bytes())?;
+        }
+        Ok(())
+    }
+}
