@@ -9,6 +9,7 @@
 //                                   prints, for each CPU, how often each TEXT was in it, and how
 //                                   often none was
 //   guest stall SECONDS             largest gap between two reads of the time stamp counter
+//   guest epolls DEPTH              that many event polls in a row, each with the one before in it
 //   guest store ADDRESS HOW VALUE   writes to physical memory through /dev/mem; HOW is the
 //                                   instruction: mov, lock, movs, sse, movq, fist, avx, cx16, fxsave
 //   guest load ADDRESS              reads 8 bytes of physical memory
@@ -27,6 +28,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -164,6 +166,18 @@ static void stall(void) {
     double hz = (double)(last - first) / (now() - begin);
     printf("longest gap: %lu cycles, %.0f us at %.0f MHz\n", (unsigned long)longest,
            (double)longest / hz * 1e6, hz / 1e6);
+}
+
+static void epolls(int depth) {
+    int inner = epoll_create1(0);
+    for (int i = 1; i < depth; i++) {
+        int outer = epoll_create1(0);
+        struct epoll_event event = {.events = EPOLLIN};
+        if (epoll_ctl(outer, EPOLL_CTL_ADD, inner, &event))
+            die("epoll_ctl");
+        inner = outer;
+    }
+    printf("%d epolls\n", depth);
 }
 
 static volatile uint8_t *physical(uint64_t address, int protection) {
@@ -315,6 +329,8 @@ int main(int argc, char **argv) {
     } else if (!strcmp(what, "stall") && argc == 3) {
         end = now() + atof(argv[2]);
         stall();
+    } else if (!strcmp(what, "epolls") && argc == 3) {
+        epolls(atoi(argv[2]));
     } else if (!strcmp(what, "store") && argc == 5) {
         store(strtoull(argv[2], NULL, 0), argv[3], strtoull(argv[4], NULL, 0));
     } else if (!strcmp(what, "load") && argc == 3) {

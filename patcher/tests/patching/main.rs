@@ -14,6 +14,7 @@ mod damage;
 mod kernel_guest;
 mod probe;
 mod redirect;
+mod returns;
 mod text;
 
 use kernel_guest::{KERNELS, KernelGuest, NOP5, SLIDE, guest};

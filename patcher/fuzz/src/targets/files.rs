@@ -120,6 +120,7 @@ fn ask(types: &Types, data: &[u8]) {
     for holder in words.iter().copied().chain(NAMES) {
         let _ = types.size_of(holder);
         let _ = types.enumerator(holder);
+        let _ = types.calling(holder);
         for member in words.iter().copied().take(12) {
             let _ = types.field(holder, member);
             let _ = types.field(holder, &format!("{member}[3].{holder}"));

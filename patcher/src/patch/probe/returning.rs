@@ -8,9 +8,9 @@ use super::super::knowledge::{Function, Knowledge};
 use super::super::{EntryId, PatchError, Patcher};
 use super::site::Place;
 use crate::arena::Slot;
-use crate::guest::StoppedGuest;
+use crate::guest::{Gva, StoppedGuest};
 use crate::probe::{Returning, When, data};
-use crate::text::leaves;
+use crate::text::{EntrySite, MAX_INSTRUCTION, NOP5, entry_site, leaves};
 
 /// Functions that begin in one task and end in another, by how their names begin.
 const SWITCHING: [&str; 2] = ["__switch_to", "ret_from_fork"];
@@ -23,6 +23,12 @@ pub enum ReturnError {
     /// It is not where the function begins.
     #[error("a probe of its return is put where it begins: give its name alone")]
     NotItsEntry,
+    /// It may not even be called.
+    #[error(
+        "it does not begin with the call of the kernel's tracer, as compiled functions do: what is on its \
+         stack is not known; probe where it begins, or the function that calls it"
+    )]
+    NotTraced,
     /// Its stack is another one when it returns.
     #[error("it begins in one task and returns in another; probe the function that calls it")]
     Switches,
@@ -63,6 +69,9 @@ pub(super) fn returning(
     let switches = |name: &String| SWITCHING.iter().any(|start| name.starts_with(start));
     if names.iter().any(switches) {
         return Err(refuse(ReturnError::Switches));
+    }
+    if !is_traced(know, function) {
+        return Err(refuse(ReturnError::NotTraced));
     }
     let stack_words = match told {
         Some(words) => words,
@@ -106,6 +115,28 @@ pub(super) fn returns(
         }
     }
     Err(refuse(ReturnError::NeverReturns))
+}
+
+/// It was compiled to be traced: it begins with a call of `__fentry__`, which the boot has taken out.
+/// Functions in assembly and parts that the compiler has split off do not.
+fn is_traced(know: &Knowledge, function: &Function) -> bool {
+    let longest = MAX_INSTRUCTION + NOP5.len();
+    let code = know.kernel.image().read(function.start, longest);
+    let tracer = know.kernel.symbols().address("__fentry__");
+    let (Some(code), Ok(tracer)) = (code, tracer) else {
+        return false;
+    };
+    let start = Gva(function.start.0);
+    let (EntrySite::Nop(at) | EntrySite::Other(at)) = entry_site(start, &code);
+    let call = code.get(at..).unwrap_or_default();
+    match call {
+        [0xe8, a, b, c, d, ..] => {
+            let distance = i32::from_le_bytes([*a, *b, *c, *d]);
+            let behind = start.offset((at + NOP5.len()) as u64);
+            behind.displace(distance.into()).0 == tracer.0
+        }
+        _ => false,
+    }
 }
 
 /// All names of a function.

@@ -23,13 +23,14 @@ pub(in super::super) fn histogram(answer: &Value) -> String {
     let cpus: Vec<_> = answer["cpus"].as_array().into_iter().flatten().collect();
     let count = |cpu: &Value, bucket: usize| cpu.get(bucket).and_then(Value::as_u64).unwrap_or(0);
     let longest = cpus.iter().filter_map(|cpu| cpu.as_array().map(Vec::len));
+    let of = match answer.get("register") {
+        Some(register) => plain(register),
+        None => "cycles".to_owned(),
+    };
     let rows = (0..longest.max().unwrap_or(0)).map(|bucket| {
         let mut row = serde_json::Map::new();
         let from = bucket.checked_sub(1).map_or(0, |bit| 1_u64 << bit.min(63));
-        row.insert(
-            plain(&answer["register"]) + " from",
-            json!(format!("{from:#x}")),
-        );
+        row.insert(format!("{of} from"), json!(format!("{from:#x}")));
         for (index, cpu) in cpus.iter().enumerate() {
             row.insert(format!("CPU {index}"), json!(count(cpu, bucket)));
         }
@@ -38,7 +39,15 @@ pub(in super::super) fn histogram(answer: &Value) -> String {
     let rows: Vec<_> = rows.collect();
     match rows.is_empty() {
         true => "no hits\n".into(),
-        false => anything(&Value::Array(rows)),
+        false => anything(&Value::Array(rows)) + &cycles(answer),
+    }
+}
+
+/// What the cycles of a histogram are in time, where that is known.
+fn cycles(answer: &Value) -> String {
+    match answer["tsc-khz"].as_u64() {
+        Some(khz) => format!("{khz:#x} cycles are a millisecond\n"),
+        None => String::new(),
     }
 }
 
@@ -85,6 +94,7 @@ pub(in super::super) fn probes(answer: &Value) -> String {
         json!({
             "probe": probe["id"],
             "does": probe["callback"],
+            "when": probe["when"],
             "hits": probe["hits"],
             "skipped": probe["skipped"],
             "priority": probe["priority"],
@@ -186,6 +196,20 @@ fn table(rows: &Value, row: fn(&Value) -> Value, none: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn histograms_say_what_they_are_of() {
+        let register = json!({"register": "di", "cpus": [[1, 0, 2]]});
+        let text = histogram(&register);
+        assert!(
+            text.contains("di from") && !text.contains("cycles"),
+            "{text}"
+        );
+        let latency = json!({"unit": "tsc-cycles", "tsc-khz": 0x1000, "cpus": [[], [0, 1]]});
+        let text = histogram(&latency);
+        assert!(text.contains("cycles from"), "{text}");
+        assert!(text.contains("0x1000 cycles are a millisecond"), "{text}");
+    }
 
     #[test]
     fn tables_name_what_is_waited_for() {
