@@ -53,9 +53,11 @@ fn sum(cpus: &[Vec<u64>]) -> u64 {
     cpus.iter().flatten().sum()
 }
 
-/// Both CPUs at once: as many returns as calls, each with what was returned.
+/// Both CPUs at once, while other probes come to the site and go: as many returns as calls, each with
+/// what was returned.
 fn under_load(lab: &mut Lab) -> TestResult {
     const SITE: &str = "__x64_sys_getppid";
+    const OTHERS: usize = 6;
     let called = lab.attach(SITE, json!({}))?;
     let returned = lab.attach(SITE, json!({"return": true}))?;
     let values = lab.attach(
@@ -63,7 +65,19 @@ fn under_load(lab: &mut Lab) -> TestResult {
         json!({"return": true, "callback": "record", "registers": ["ax"], "records": 64}),
     )?;
     let latency = lab.attach(SITE, json!({"callback": "latency"}))?;
-    let said = lab.guest.sh("echo parent $$; guest calls 0.3; true")?;
+    lab.guest.sh(
+        "sh -c 'echo parent $$; guest calls 600; true' >/tmp/calls & \
+         until pidof guest >/tmp/calling; do :; done",
+    )?;
+    for other in 0..OTHERS {
+        let when = json!({"return": other % 2 == 0, "priority": other % 3});
+        let id = lab.attach(SITE, when)?;
+        std::thread::sleep(Duration::from_millis(20));
+        lab.detach(&[id])?;
+    }
+    let said = lab
+        .guest
+        .sh("kill $(cat /tmp/calling); until grep -q 'cpu 1' /tmp/calls && grep -q 'cpu 0' /tmp/calls; do sleep 0.1; done; cat /tmp/calls")?;
     let word = |line: &str, index| line.split_whitespace().nth(index)?.parse::<u64>().ok();
     let of = |start: &str, index: usize| {
         let lines = said.lines().filter(|line| line.starts_with(start));
@@ -71,8 +85,7 @@ fn under_load(lab: &mut Lab) -> TestResult {
             .filter_map(|line| word(line, index))
             .collect::<Vec<_>>()
     };
-    let (parent, calls) = (of("parent", 1)[0], of("cpu", 2));
-    let calls: u64 = calls.iter().sum();
+    let calls: u64 = of("cpu", 2).iter().sum();
     let (cpus, _) = lab.histogram(latency)?;
     assert_eq!(cpus.len(), 2);
     assert!(
@@ -82,20 +95,15 @@ fn under_load(lab: &mut Lab) -> TestResult {
     let told = lab.qmp.execute("query-records", json!({"id": values}))?;
     let kept = told["records"].as_array().cloned().unwrap_or_default();
     assert_eq!(kept.len(), 64, "{told}");
-    let right = format!("{parent:#x}");
-    assert!(
-        kept.iter().all(|one| one["values"][0] == json!(right)),
-        "{right}: {told}"
-    );
+    let right = of("parent", 1).first().map(|parent| format!("{parent:#x}"));
+    let same = |one: &Value| one["values"][0] == json!(right);
+    assert!(kept.iter().all(same), "{right:?}: {told}");
     let counts = lab.detach(&[called, returned, values, latency])?;
     assert!(counts.iter().all(|count| *count == counts[0]), "{counts:?}");
     assert_eq!(counts[0], sum(&cpus));
-    assert!(
-        counts[0] >= calls && calls > 1000,
-        "{calls} calls, {counts:?}"
-    );
+    assert!(counts[0] >= calls && calls > 1000, "{calls}, {counts:?}");
     all_freed(&mut lab.qmp)?;
-    println!("returns: {calls} calls on 2 vCPUs, none lost");
+    println!("returns: {calls} calls on 2 vCPUs while {OTHERS} others came and went, none lost");
     Ok(())
 }
 
@@ -245,8 +253,8 @@ fn interrupts(lab: &mut Lab) -> TestResult {
     all_freed(&mut lab.qmp)
 }
 
-fn returns(kernel: &str) -> TestResult {
-    let guest = Guest::boot(kernel).cpus(2).start()?;
+fn returns(kernel: &str, cmdline: &str) -> TestResult {
+    let guest = Guest::boot(kernel).cpus(2).cmdline(cmdline).start()?;
     let qmp = guest.control()?;
     let mut lab = Lab { guest, qmp };
     under_load(&mut lab)?;
@@ -269,10 +277,78 @@ fn returns(kernel: &str) -> TestResult {
 
 #[test]
 fn probes_of_returns_on_6_12() -> TestResult {
-    on_kvm(|| returns("6.12"))
+    on_kvm(|| returns("6.12", "preempt=full"))
 }
 
 #[test]
 fn probes_of_returns_on_6_1() -> TestResult {
-    on_kvm(|| returns("6.1"))
+    on_kvm(|| returns("6.1", ""))
+}
+
+/// A probe at the return of every function of the kernel that can have one, some hundred at a time.
+#[cfg(feature = "full")]
+mod full {
+    use super::*;
+
+    const AT_ONCE: usize = 500;
+
+    fn every_function(kernel: &str) -> TestResult {
+        let guest = Guest::boot(kernel).cpus(2).memory("512M").start()?;
+        let mut qmp = guest.control()?;
+        let mut sites = Vec::new();
+        for first in ('a'..='z').chain(['_']) {
+            let pattern = format!("{first}*");
+            let reply = qmp.execute(
+                "query-symbols",
+                json!({"pattern": pattern, "limit": 60_000}),
+            )?;
+            let all = reply["symbols"].as_array().into_iter().flatten();
+            let text = all.filter(|one| one["type"] == "T" || one["type"] == "t");
+            sites.extend(text.filter_map(|one| one["name"].as_str().map(str::to_owned)));
+        }
+        sites.sort();
+        sites.dedup();
+        sites.retain(|name| !name.contains('.') && !name.starts_with("__pfx_"));
+        let mut lab = Lab { guest, qmp };
+        let (mut taken, mut refused, mut called) = (0, 0, 0_usize);
+        for some in sites.chunks(AT_ONCE) {
+            let mut ids = Vec::new();
+            for site in some {
+                match lab.attach(site, json!({"return": true})) {
+                    Ok(id) => ids.push(id),
+                    Err(error) => {
+                        refused += 1;
+                        assert!(!error.to_string().contains("Io"), "{error}");
+                    }
+                }
+            }
+            lab.guest.sh(
+                "ls -lR /proc/self /sys/kernel >/dev/null 2>&1; ping -c 1 127.0.0.1 >/dev/null; \
+                 sleep 0.05; guest calls 0.05 >/dev/null; echo 3 >/proc/sys/vm/drop_caches; \
+                 (true | cat | cat) ; mount -t tmpfs none /mnt 2>/dev/null; true",
+            )?;
+            taken += ids.len();
+            for ids in ids.chunks(AT_ONCE) {
+                let counts = lab.detach(ids)?;
+                called += counts.iter().filter(|count| **count > 0).count();
+            }
+            assert_eq!(lab.guest.complaints()?, "", "{}..", some[0]);
+            println!("{}: {taken} of {}", some[0], taken + refused);
+        }
+        println!(
+            "returns: {taken} functions of {}, {called} called",
+            sites.len()
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn returns_of_every_function_on_6_12() -> TestResult {
+        on_kvm(|| every_function("6.12"))
+    }
+
+    #[test]
+    fn returns_of_every_function_on_6_1() -> TestResult {
+        on_kvm(|| every_function("6.1"))
+    }
 }

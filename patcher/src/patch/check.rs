@@ -142,21 +142,6 @@ impl Check<'_> {
         Ok(code)
     }
 
-    /// The function, and its `.cold` part.
-    pub(super) fn parts(&self, function: &Function) -> Vec<Function> {
-        let mut parts = vec![function.clone()];
-        let cold = format!("{}.cold", function.name);
-        let symbols = self.know.kernel.symbols();
-        parts.extend(symbols.named(&cold).filter_map(|symbol| {
-            Some(Function {
-                name: cold.clone(),
-                start: symbol.address()?,
-                size: symbol.size()?,
-            })
-        }));
-        parts
-    }
-
     /// No jump of the function, or of its `.cold` part, leads to where the new bytes have no
     /// instruction.
     pub(super) fn no_jump_inside(
@@ -166,7 +151,7 @@ impl Check<'_> {
         new: &[u8],
     ) -> Result<(), PatchError> {
         let begins = whole(bytes.start, new)?;
-        for part in self.parts(function) {
+        for part in self.know.parts(function) {
             let end = part.start.offset(part.size.min(MAX_FUNCTION));
             let code = self.code(&part, end)?;
             let start = part.start.at(self.located.slide);

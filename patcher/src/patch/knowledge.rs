@@ -73,6 +73,21 @@ impl Knowledge {
         })
     }
 
+    /// The function, and its `.cold` part.
+    pub(super) fn parts(&self, function: &Function) -> Vec<Function> {
+        let mut parts = vec![function.clone()];
+        let cold = format!("{}.cold", function.name);
+        let symbols = self.kernel.symbols();
+        parts.extend(symbols.named(&cold).filter_map(|symbol| {
+            Some(Function {
+                name: cold.clone(),
+                start: symbol.address()?,
+                size: symbol.size()?,
+            })
+        }));
+        parts
+    }
+
     /// Where the kernel has a symbol that an object refers to.
     pub(super) fn resolve(&self, name: &str) -> Result<Resolved, String> {
         let all: Vec<_> = self.kernel.symbols().named(name).collect();

@@ -6,19 +6,19 @@
 
 mod callback;
 mod report;
+mod request;
 mod returning;
 mod site;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::hook::{Hook, Lead, Means};
-use super::knowledge::Knowledge;
 use super::report::{Applied, Evidence, Kind, Origin, PlacedCode, Reverted};
 use super::retire::{Content, Leaving};
 use super::writing::{may_go, still_ours};
 use super::{EntryId, PatchError, Patcher};
-use crate::guest::{Gva, LinkAddr, StoppedGuest};
-use crate::probe::{Act, Displaced, Plan, Predicate, Returning, Variables, When, trampoline};
+use crate::guest::{Gva, StoppedGuest};
+use crate::probe::{Act, Displaced, Plan, Returning, Variables, trampoline};
 use crate::space::Located;
 use crate::symbols::Site;
 pub(super) use callback::{Attached, Prepared, Ready, Wanted, variables};
@@ -27,64 +27,9 @@ pub(super) use report::hexadecimal;
 pub use report::{
     AllDetached, Detached, Histogram, Measured, NewProbe, ProbeInfo, Recorded, Records,
 };
+pub use request::{PreparedProbe, ProbeRequest};
 pub use returning::ReturnError;
-use returning::{returning, returns};
 use site::{allowed, nothing_leads_inside, place};
-
-/// Where to put a probe, and what it does.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ProbeRequest {
-    /// The entry of a function, or any instruction in it.
-    pub site: Site,
-    /// What it does.
-    pub callback: Callback,
-    /// What a callback of somebody else's is given.
-    pub value: u64,
-    /// Probes of a site with a higher one come first; of equal ones, the one that was there first.
-    pub priority: i32,
-    /// It does it when the site is reached, or when the function returns whose entry it is.
-    pub when: When,
-    /// It does it only where this holds of the registers at that moment.
-    pub only_if: Option<Predicate>,
-    /// At the return: only where this held of the registers when the function was called.
-    pub only_if_called: Option<Predicate>,
-    /// At the return: words of arguments that the function has on the stack, at most. Without it, as
-    /// many as the kernel's types tell.
-    pub stack_words: Option<u32>,
-}
-
-impl ProbeRequest {
-    /// A probe that counts.
-    #[must_use]
-    pub fn counting(site: Site) -> Self {
-        Self {
-            site,
-            callback: Callback::Count,
-            value: 0,
-            priority: 0,
-            when: When::Reached,
-            only_if: None,
-            only_if_called: None,
-            stack_words: None,
-        }
-    }
-}
-
-/// A probe that was checked as far as it can be without the guest.
-#[derive(Clone, Debug)]
-pub struct PreparedProbe {
-    site: Site,
-    /// Where it is linked; unknown yet for a run-time address.
-    link: Option<LinkAddr>,
-    callback: Prepared,
-    value: u64,
-    priority: i32,
-    when: When,
-    only_if: Option<Predicate>,
-    only_if_called: Option<Predicate>,
-    stack_words: Option<u32>,
-    variables: Option<Variables>,
-}
 
 /// The probes of one site, in the order in which they act.
 #[derive(Debug)]
@@ -153,49 +98,6 @@ impl ProbeSite {
 }
 
 impl Patcher {
-    /// Checks a probe as far as it can be done without the guest.
-    ///
-    /// # Errors
-    /// [`PatchError`]: unknown or forbidden site, a callback that cannot be used.
-    pub fn prepare_probe(&self, request: ProbeRequest) -> Result<PreparedProbe, PatchError> {
-        let link = request.site.resolve(self.know.kernel.symbols())?;
-        let callback = Prepared::new(&self.know, request.callback)?;
-        let when = callback.acts(request.when);
-        if let Some(link) = link {
-            let function = allowed(&self.know, link, &request.site)?;
-            if when == When::Returned {
-                returning(&self.know, &function, request.stack_words)?;
-            }
-        }
-        let told = request.only_if_called.is_some() || request.stack_words.is_some();
-        if told && when == When::Reached {
-            return Err(PatchError::Request(
-                "only a probe that acts when a function returns tells what held when it was called, \
-                 and how many arguments are on the stack"
-                    .into(),
-            ));
-        }
-        let variables = match callback.looks() || request.only_if.is_some() {
-            true => Some(variables(&self.know)?),
-            false => None,
-        };
-        if let Some(variables) = &variables {
-            callback.check(variables)?;
-        }
-        Ok(PreparedProbe {
-            site: request.site,
-            link,
-            callback,
-            value: request.value,
-            priority: request.priority,
-            when,
-            only_if: request.only_if,
-            only_if_called: request.only_if_called,
-            stack_words: request.stack_words,
-            variables,
-        })
-    }
-
     /// Attaches a probe to a site of the stopped guest.
     ///
     /// # Errors
@@ -227,13 +129,7 @@ impl Patcher {
         };
         let function = allowed(&self.know, link, &prepared.site)?;
         let place = place(&check, &function, link)?;
-        let returning = match prepared.when {
-            When::Reached => None,
-            When::Returned => {
-                returns(&check, &function, &place)?;
-                Some(returning(&self.know, &function, prepared.stack_words)?)
-            }
-        };
+        let returning = prepared.returning_from(&self.know, &function, &place)?;
         let at = place.link.at(found.slide);
         let here = |site: &&EntryId| self.sites.get(site).is_some_and(|site| site.at == at);
         if let Some(&id) = self.sites.keys().find(here) {
@@ -553,33 +449,6 @@ impl Patcher {
 fn attached(id: EntryId, prepared: &PreparedProbe, ready: Ready, origin: &Origin) -> Attached {
     let site = prepared.site.to_string();
     Attached::new(id, &site, prepared.priority, ready, origin)
-}
-
-impl PreparedProbe {
-    /// A probe of our own.
-    pub(super) fn internal(
-        know: &Knowledge,
-        site: Site,
-        callback: Prepared,
-        variables: Variables,
-    ) -> Result<Self, PatchError> {
-        let link = site.resolve(know.kernel.symbols())?;
-        if let Some(link) = link {
-            allowed(know, link, &site)?;
-        }
-        Ok(Self {
-            site,
-            link,
-            callback,
-            value: 0,
-            priority: i32::MAX,
-            when: When::Reached,
-            only_if: None,
-            only_if_called: None,
-            stack_words: None,
-            variables: Some(variables),
-        })
-    }
 }
 
 impl Attached {

@@ -3,9 +3,9 @@
 //! The function must begin where the probe is and return to where it was called from, and it must be
 //! known how much its callers put on the stack for it: that is what the kernel's own types tell.
 
-use super::super::check::Check;
 use super::super::knowledge::{Function, Knowledge};
 use super::super::{EntryId, PatchError, Patcher};
+use super::PreparedProbe;
 use super::site::Place;
 use crate::arena::Slot;
 use crate::guest::{Gva, StoppedGuest};
@@ -78,6 +78,9 @@ pub(super) fn returning(
         None => stack_words(know, &names)
             .map_err(|why| refuse(ReturnError::UnknownArguments { why }))?,
     };
+    if !comes_back(know, function) {
+        return Err(refuse(ReturnError::NeverReturns));
+    }
     if stack_words > MOST_STACK_WORDS {
         return Err(refuse(ReturnError::TooManyWords { words: stack_words }));
     }
@@ -87,34 +90,36 @@ pub(super) fn returning(
     })
 }
 
-/// What can be told only of the running kernel: a probe at `place` can act when `function` returns.
-pub(super) fn returns(
-    check: &Check<'_>,
-    function: &Function,
-    place: &Place,
-) -> Result<(), PatchError> {
-    let refuse = |why| PatchError::Return {
-        function: function.name.clone(),
-        why,
-    };
-    if !place.entry {
-        return Err(refuse(ReturnError::NotItsEntry));
-    }
-    let slide = check.located.slide;
-    let parts = check.parts(function);
-    let within: Vec<_> = parts
-        .iter()
-        .map(|part| part.start.at(slide)..part.start.offset(part.size).at(slide))
-        .collect();
-    for part in &parts {
-        let code = check.code(part, part.start.offset(part.size))?;
-        let whole = usize::try_from(part.size).unwrap_or(0);
-        let code = code.get(..whole).unwrap_or(&code);
-        if leaves(part.start.at(slide), code, &within) {
-            return Ok(());
+impl PreparedProbe {
+    /// What it needs to know of the return of `function`, when it acts there.
+    pub(super) fn returning_from(
+        &self,
+        know: &Knowledge,
+        function: &Function,
+        place: &Place,
+    ) -> Result<Option<Returning>, PatchError> {
+        match (self.when, self.returning) {
+            (When::Reached, _) => Ok(None),
+            (When::Returned, _) if !place.entry => Err(PatchError::Return {
+                function: function.name.clone(),
+                why: ReturnError::NotItsEntry,
+            }),
+            (When::Returned, Some(known)) => Ok(Some(known)),
+            (When::Returned, None) => returning(know, function, self.stack_words).map(Some),
         }
     }
-    Err(refuse(ReturnError::NeverReturns))
+}
+
+/// There is a way out of it, in its file: the boot adds none.
+fn comes_back(know: &Knowledge, function: &Function) -> bool {
+    let parts = know.parts(function);
+    let range = |part: &Function| Gva(part.start.0)..Gva(part.start.offset(part.size).0);
+    let within: Vec<_> = parts.iter().map(range).collect();
+    parts.iter().any(|part| {
+        let len = usize::try_from(part.size).unwrap_or(usize::MAX);
+        let code = know.kernel.image().read(part.start, len);
+        code.is_some_and(|code| leaves(Gva(part.start.0), code, &within))
+    })
 }
 
 /// It was compiled to be traced: it begins with a call of `__fentry__`, which the boot has taken out.
@@ -127,7 +132,7 @@ fn is_traced(know: &Knowledge, function: &Function) -> bool {
         return false;
     };
     let start = Gva(function.start.0);
-    let (EntrySite::Nop(at) | EntrySite::Other(at)) = entry_site(start, &code);
+    let (EntrySite::Nop(at) | EntrySite::Other(at)) = entry_site(start, code);
     let call = code.get(at..).unwrap_or_default();
     match call {
         [0xe8, a, b, c, d, ..] => {
