@@ -190,6 +190,41 @@ fn compare(kernel: &str, all: &[Told], types: &Types) -> usize {
     compared
 }
 
+/// A type of one word that is no structure.
+fn is_plain(all: &[Told], id: usize) -> bool {
+    match all[id].kind.as_str() {
+        "TYPEDEF" | "CONST" | "VOLATILE" | "RESTRICT" | "TYPE_TAG" => is_plain(all, all[id].target),
+        "PTR" | "INT" | "ENUM" | "ENUM64" => size(all, id).is_some_and(|size| size <= 8),
+        _ => false,
+    }
+}
+
+/// Functions whose arguments are all plain have those on the stack that registers do not hold.
+fn compare_calls(kernel: &str, all: &[Told], types: &Types) -> usize {
+    let functions = all.iter().filter(|told| told.kind == "FUNC");
+    let mut compared = 0;
+    for function in functions {
+        let parameters = &all[function.target].members;
+        // The last of type 0 stands for `...`.
+        let (last, others) = match parameters.split_last() {
+            Some((last, others)) if last.target == 0 => (true, others),
+            _ => (false, parameters.as_slice()),
+        };
+        let Ok(calling) = types.calling(&function.name) else {
+            // There are several, and they differ.
+            continue;
+        };
+        assert_eq!(calling.variadic, last, "{kernel}: {}", function.name);
+        let plain = others.iter().all(|one| is_plain(all, one.target));
+        // A structure that is returned in memory takes a register.
+        let beyond = |more: usize| (others.len() + more).saturating_sub(6) as u64;
+        let right = [beyond(0), beyond(1)].contains(&calling.stack_words);
+        assert!(!plain || right, "{kernel}: {}", function.name);
+        compared += usize::from(plain);
+    }
+    compared
+}
+
 #[test]
 fn sizes_and_members_are_those_that_bpftool_reads() {
     each_kernel(|name| {
@@ -208,5 +243,8 @@ fn sizes_and_members_are_those_that_bpftool_reads() {
         let compared = compare(name, &all, &types);
         println!("{name}: {compared} sizes, places and constants");
         assert!(compared > 50_000, "{name}: {compared}");
+        let compared = compare_calls(name, &all, &types);
+        println!("{name}: {compared} functions");
+        assert!(compared > 30_000, "{name}: {compared}");
     });
 }
