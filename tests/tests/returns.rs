@@ -228,6 +228,14 @@ fn taken_out(lab: &mut Lab) -> TestResult {
     // The guest's own ends where it knows the code no more.
     let theirs = lab.guest.sh(&format!("cat /proc/{pid}/stack"))?;
     assert!(theirs.contains("nanosleep"), "{theirs}");
+    // What it prints for people goes on, with doubts, and without a complaint.
+    assert_eq!(lab.guest.complaints()?, "");
+    let printed = lab.guest.sh(
+        "dmesg -c >/dev/null; echo t >/proc/sysrq-trigger; dmesg | grep -A 30 'task:sleep'; \
+         dmesg | grep WARNING; dmesg -c >/dev/null",
+    )?;
+    assert!(printed.contains("? do_syscall_64"), "{printed}");
+    assert!(!printed.contains("WARNING"), "{printed}");
     let before = lab.hits(goes)?;
     assert_eq!(lab.detach(&[goes])?, [before]);
     let told = lab.qmp.execute("query-holdouts", json!({}))?.to_string();
@@ -237,7 +245,6 @@ fn taken_out(lab: &mut Lab) -> TestResult {
     assert!(lab.hits(stays)? > before);
     lab.detach(&[stays])?;
     all_freed(&mut lab.qmp)?;
-    println!("returns: {theirs:?} is what the guest says of a sleeper's stack");
     Ok(())
 }
 

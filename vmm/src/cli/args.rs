@@ -319,8 +319,8 @@ pub enum ProbeCommand {
     /// recursive ones too, none is missed, because the trampoline calls the function as its caller did.
     /// So whoever is in the function, asleep or not, holds the trampoline up by name until he leaves;
     /// a probe that was taken out meanwhile does not act for him any more. The guest does not know that
-    /// code: what its own /proc/PID/stack shows ends there, and its own livepatching waits for such a
-    /// task. `stacks` goes on. Functions that never return, or return in another task, are refused.
+    /// code: what its own /proc/PID/stack shows ends there, what its other backtraces print goes on with
+    /// question marks, and its own livepatching waits for such a task. `stacks` goes on. Functions that never return, or return in another task, are refused.
     Attach {
         /// `symbol`, `symbol+0x12`, `symbol@2+0x12` or an address; several are one change
         #[arg(required = true)]
