@@ -1,7 +1,9 @@
 //! Probes of returns in guests made of stock kernels.
 
 use super::*;
-use patcher::patch::{Callback, Measured, ProbeInfo, ProbeRequest, ReturnError};
+use patcher::patch::{
+    Callback, Measured, ProbeInfo, ProbeRequest, ReturnError, TracepointRequest, USUAL_PRIORITY,
+};
 use patcher::probe::When;
 
 fn request(site: &str, callback: Callback) -> ProbeRequest {
@@ -186,4 +188,35 @@ fn who_returns_late_finds_that_a_probe_was_taken_out() {
     guest.put(entry, &ours);
     revert(&mut patcher, &mut guest, stays.id).unwrap();
     assert_eq!(out(&guest), (1, 1));
+}
+
+#[test]
+fn run_time_addresses_are_judged_like_names() {
+    for name in KERNELS {
+        let mut guest = guest(name);
+        let mut patcher = patcher(&guest);
+        let at = |guest: &KernelGuest, symbol: &str| guest.at(symbol).to_string();
+        let (good, bad) = (at(&guest, FUNCTION), at(&guest, "do_exit"));
+        let nop = entry(&guest);
+        let probe = attach(&mut patcher, &mut guest, request(&good, Callback::Latency)).unwrap();
+        assert_eq!(probe.address, nop);
+        assert_eq!(
+            refused(&mut patcher, &mut guest, request(&bad, Callback::Count)),
+            ReturnError::NeverReturns
+        );
+    }
+}
+
+#[test]
+fn a_tracepoint_takes_no_time() {
+    let guest = guest(KERNELS[0]);
+    let refused = patcher(&guest).prepare_tracepoint(TracepointRequest {
+        name: "sched_switch".into(),
+        callback: Callback::Latency,
+        value: 0,
+        priority: USUAL_PRIORITY,
+        only_if: None,
+    });
+    let why = refused.unwrap_err().to_string();
+    assert!(why.contains("takes no time"), "{why}");
 }
