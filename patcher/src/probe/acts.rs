@@ -6,8 +6,8 @@ use super::returning::ReturnFrame;
 use super::section::{Aside, FLAGS_AT, Frame, Section};
 use super::trampoline::{Act, Action, BUCKETS, RECORDED, Variables, data};
 use crate::guest::Gva;
-use crate::rules::{self, Rule};
 use crate::patch::code::Resolved;
+use crate::rules::{self, Rule};
 
 const CARRY: u8 = 0x82;
 const ZERO: u8 = 0x84;
