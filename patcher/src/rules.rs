@@ -16,6 +16,8 @@ pub enum Rule {
     IdleTasks,
     /// So is what a vCPU runs at the moment of the stop.
     RunningTasks,
+    /// A step begins when everybody has left what the one before it changed.
+    Steps,
     /// No task is between the instructions that one jump takes the place of.
     Interior,
     /// Text in which the kernel is not watched by RCU is not changed.
@@ -32,12 +34,13 @@ mod broken {
 
     use super::Rule;
 
-    const NAMES: [(&str, Rule); 9] = [
+    const NAMES: [(&str, Rule); 10] = [
         ("grace-period", Rule::GracePeriod),
         ("return-addresses", Rule::ReturnAddresses),
         ("sleepers", Rule::Sleepers),
         ("idle-tasks", Rule::IdleTasks),
         ("running-tasks", Rule::RunningTasks),
+        ("steps", Rule::Steps),
         ("interior", Rule::Interior),
         ("forbidden-text", Rule::ForbiddenText),
         ("rcu-watching", Rule::RcuWatching),

@@ -208,7 +208,7 @@ impl Check<'_> {
     }
 
     /// Code of ours, retired code too, and where it goes on by itself.
-    fn generated(&self) -> impl Iterator<Item = (Range<Gva>, &[Gva])> {
+    pub(super) fn generated(&self) -> impl Iterator<Item = (Range<Gva>, &[Gva])> {
         let applied = self.ledger.applied().chain(self.spins.all());
         let applied = applied.filter_map(|entry| {
             let placed = entry.code.as_ref()?;

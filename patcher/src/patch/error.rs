@@ -5,6 +5,7 @@ use super::code::{LinkError, ObjectError};
 use super::probe::ReturnError;
 use super::report::Retired;
 use crate::arena::ArenaError;
+use crate::grace::Holdout;
 use crate::guest::{Gva, MemoryError};
 use crate::probe::DisplaceError;
 use crate::space::{LayoutError, LocateError, SpaceError};
@@ -151,6 +152,12 @@ pub enum PatchError {
         /// What was unhooked and somebody may still be in.
         waiting: Vec<Retired>,
     },
+    /// Somebody has not left a function since it was changed.
+    #[error("not everybody has left what was changed: {}", first_holdout(holdouts))]
+    NotLeft {
+        /// Who.
+        holdouts: Vec<Holdout>,
+    },
     /// The hypervisor cannot hear of breakpoints.
     #[error("breakpoints cannot be had in this guest: {0}")]
     NoBreakpoints(String),
@@ -215,6 +222,7 @@ impl PatchError {
             Self::Busy(_)
             | Self::Occupied { .. }
             | Self::Waiting { .. }
+            | Self::NotLeft { .. }
             | Self::Underway { .. }
             | Self::NotHere { .. } => true,
             Self::Tasks(error) => error.passes(),
@@ -258,7 +266,7 @@ impl PatchError {
             Self::Ftrace(_) => "FtraceUnknown",
             Self::Arena(_) => "Arena",
             Self::Write(_) => "WriteFailed",
-            Self::Waiting { .. } => "GracePeriod",
+            Self::Waiting { .. } | Self::NotLeft { .. } => "GracePeriod",
             Self::Refused { .. } => "GuestRefused",
             Self::Underway { .. } | Self::StillUnderway { .. } => "Underway",
             Self::NoSuchCookie { .. } => "NoSuchCookie",
@@ -279,6 +287,14 @@ fn holdouts(waiting: &[Retired]) -> String {
             0 => first,
             more => format!("{first}, and {more} more"),
         },
+    }
+}
+
+fn first_holdout(holdouts: &[Holdout]) -> String {
+    match holdouts {
+        [] => "it is not known who".into(),
+        [only] => only.to_string(),
+        [first, rest @ ..] => format!("{first}, and {} more", rest.len()),
     }
 }
 

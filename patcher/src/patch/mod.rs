@@ -16,6 +16,7 @@ mod hook;
 mod inspect;
 mod knowledge;
 mod ledger;
+mod look;
 mod patcher;
 mod placing;
 mod probe;
@@ -23,6 +24,7 @@ mod redirect;
 mod report;
 mod retire;
 mod stacks;
+mod steps;
 mod text_patch;
 mod tracepoint;
 mod trap;
@@ -42,6 +44,7 @@ pub use report::{
     Applied, Bytes, Closed, Collected, End, EntryId, Evidence, Forgotten, FtraceMark, KernelReport,
     Kind, Listing, Origin, PlacedCode, Retired, Reverted,
 };
+pub use steps::{Passage, Step};
 pub use text_patch::{MAX_TEXT, PreparedText, TextRequest};
 pub use tracepoint::{
     Outcome, PreparedTracepoint, TracepointInfo, TracepointRequest, TracepointState, USUAL_PRIORITY,

@@ -11,8 +11,8 @@
 use super::EntryId;
 use super::code::Code;
 use super::knowledge::Knowledge;
+use super::look::Look;
 use super::report::{Collected, PlacedCode, Retired};
-use super::stacks::unwinder;
 use crate::arena::{Arena, ArenaError, Slot};
 use crate::error::with_causes;
 use crate::grace::{Holdout, Judge, Judgement, Queue, Switches};
@@ -20,7 +20,7 @@ use crate::guest::{Gva, StoppedGuest};
 use crate::rules::{self, Rule};
 use crate::space::Located;
 use crate::stack::GeneratedCode;
-use crate::tasks::{Context, Hit, Task, TaskAddr, TaskError, Windows, awake, scan_of, tasks};
+use crate::tasks::TaskError;
 
 /// The retired code of one guest.
 #[derive(Debug, Default)]
@@ -255,64 +255,22 @@ impl Retirement {
         know: &Knowledge,
         hooked: &[GeneratedCode],
     ) -> Result<Vec<Judgement>, TaskError> {
-        let ranges = self.all.iter().flat_map(Entry::ranges);
-        let windows = Windows::new(ranges);
-        let memory = &guest;
-        let space = located.space(memory);
-        let vcpus = guest.vcpus();
-        // Whoever sleeps has gone to sleep by its own will, which nobody does in code that neither
-        // sleeps nor calls: its stack need not be read.
-        let nobody_sleeps = know.switches.is_some() && self.nobody_sleeps();
-        let find = if nobody_sleeps { awake } else { tasks };
-        let looked_at = find(&space, located, &know.tasks)?;
-        let mut scanned = scan_of(&space, located, &know.tasks, vcpus, &windows, &looked_at)?;
-        scanned.hits.retain(|hit| counts(hit, &looked_at));
-        if scanned.is_clear() || !rules::holds(Rule::GracePeriod) {
-            return Ok(self.all.iter().map(|_| Judgement::default()).collect());
-        }
-        let tasks = if nobody_sleeps {
-            tasks(&space, located, &know.tasks)?
-        } else {
-            looked_at
+        let look = Look {
+            know,
+            located,
+            guest,
+            trampolines: self.trampolines().chain(hooked.iter().cloned()).collect(),
         };
-        let layout = know.stack.as_ref().ok();
-        let trampolines: Vec<_> = self.trampolines().chain(hooked.iter().cloned()).collect();
-        let unwinder = layout
-            .map(|layout| unwinder(know, guest, &space, located, layout))
-            .map(|unwinder| unwinder.with_generated(trampolines));
-        let switches = |task: TaskAddr| {
-            let field = know.switches.as_ref()?;
-            space
-                .read_sized(task.0.offset(field.offset), field.size)
-                .ok()
-        };
-        let judge = Judge::new(&scanned, &tasks, unwinder.as_ref(), &switches);
-        let all = self.all.iter_mut();
-        Ok(all
-            .map(|entry| {
-                let mut all = Judgement::default();
-                for range in entry.ranges().collect::<Vec<_>>() {
-                    let one = judge.judge(&range, entry.since.as_mut());
-                    all.holdouts.extend(one.holdouts);
-                    all.cleared.extend(one.cleared);
-                }
-                all
-            })
-            .collect())
+        let ranges: Vec<_> = self.all.iter().flat_map(Entry::ranges).collect();
+        let nobody_sleeps = self.nobody_sleeps();
+        let all = &mut self.all;
+        let judged = look.at(ranges, nobody_sleeps, |judge| {
+            let entries = all.iter_mut();
+            entries.map(|entry| entry.judged(judge)).collect()
+        })?;
+        let clear = || self.all.iter().map(|_| Judgement::default()).collect();
+        Ok(judged.unwrap_or_else(clear))
     }
-}
-
-/// Whether a context that has an address counts: every one does.
-fn counts(hit: &Hit, tasks: &[Task]) -> bool {
-    let (idle, running) = match &hit.context {
-        Context::Task { task, pid, .. } => {
-            let found = tasks.iter().find(|known| known.address == *task);
-            (*pid == 0, found.is_some_and(|task| task.on_cpu))
-        }
-        Context::Vcpu { .. } | Context::Cpu { .. } => (false, true),
-        Context::Unknown => (false, false),
-    };
-    (!idle || rules::holds(Rule::IdleTasks)) && (!running || rules::holds(Rule::RunningTasks))
 }
 
 impl Entry {
@@ -320,6 +278,16 @@ impl Entry {
     fn ranges(&self) -> impl Iterator<Item = std::ops::Range<Gva>> + '_ {
         let all = std::iter::once(&self.report.code).chain(&self.report.callbacks);
         all.map(Slot::range)
+    }
+
+    fn judged(&mut self, judge: &Judge<'_, '_, '_>) -> Judgement {
+        let mut all = Judgement::default();
+        for range in self.ranges().collect::<Vec<_>>() {
+            let one = judge.judge(&range, self.since.as_mut());
+            all.holdouts.extend(one.holdouts);
+            all.cleared.extend(one.cleared);
+        }
+        all
     }
 }
 

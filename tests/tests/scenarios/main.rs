@@ -6,6 +6,7 @@ mod delayed;
 mod interior;
 mod many;
 mod running;
+mod steps;
 mod waiting;
 
 use std::time::Duration;

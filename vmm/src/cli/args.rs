@@ -126,6 +126,9 @@ pub enum ClientCommand {
     /// Hold and release single vCPUs
     #[command(subcommand)]
     Vcpu(VcpuCommand),
+    /// Change bytes in named steps, each in force for everybody before the next
+    #[command(subcommand)]
+    Steps(StepsCommand),
 }
 
 /// `inspect`.
@@ -408,6 +411,39 @@ pub enum GpCommand {
         #[arg(long, value_name = "TIME")]
         deadline: Option<Deadline>,
     },
+}
+
+/// `steps`.
+#[derive(Subcommand, Debug)]
+pub enum StepsCommand {
+    /// Make all steps that FILE says, or none
+    ///
+    /// FILE holds JSON: {"steps": [{"name": "callers", "text": [{"site": "vfs_read+0x4", "expect":
+    /// "0f1f440000", "write": "6690666690"}]}, ...]}. The changes of a step are made in one stop.
+    /// Before the next step, everybody who was in a changed function then has to leave it once: `steps
+    /// list` says who has not.
+    Apply {
+        /// The steps
+        file: PathBuf,
+        /// How long all of it may take; when it takes longer, what was made is taken back
+        #[arg(long, value_name = "TIME")]
+        deadline: Option<Deadline>,
+    },
+    /// Take steps back, the last first
+    Revert {
+        /// Their number, as `steps list` shows it
+        id: u64,
+        /// How long it may take
+        #[arg(long, value_name = "TIME")]
+        deadline: Option<Deadline>,
+    },
+    /// Have somebody's `steps apply` end that is under way, and what it has made taken back
+    Cancel {
+        /// Their number, as `steps list` shows it
+        id: u64,
+    },
+    /// The steps that are made or being made
+    List,
 }
 
 /// `vcpu`.

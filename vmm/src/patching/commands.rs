@@ -24,7 +24,7 @@ struct Query {
 
 #[derive(Deserialize, Debug)]
 #[serde(deny_unknown_fields)]
-struct TextPatch {
+pub(super) struct TextPatch {
     site: String,
     expect: HexArgument,
     write: HexArgument,
@@ -62,6 +62,7 @@ pub fn register(registry: &mut Registry, patching: &Patching) {
     super::inspect::register(registry, patching);
     super::probes::register(registry, patching);
     super::stacks::register(registry, patching);
+    super::steps::register(registry, patching);
     super::tracepoints::register(registry, patching);
     let p = patching.clone();
     registry.slow("query-kernel", move |context, query: Query| {
@@ -117,7 +118,7 @@ pub(super) fn site(text: &str) -> Result<Site, QmpError> {
     text.parse().map_err(|error| invalid("site", error))
 }
 
-fn text_request(arguments: TextPatch) -> Result<TextRequest, QmpError> {
+pub(super) fn text_request(arguments: TextPatch) -> Result<TextRequest, QmpError> {
     Ok(TextRequest {
         site: site(&arguments.site)?,
         expect: arguments.expect.0,

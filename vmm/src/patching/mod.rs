@@ -13,6 +13,7 @@ mod inspect;
 mod probes;
 mod session;
 mod stacks;
+mod steps;
 mod tracepoints;
 mod vmcoreinfo;
 

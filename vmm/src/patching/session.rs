@@ -170,6 +170,16 @@ impl Patching {
         self.machine.ram().clone()
     }
 
+    /// Which of the guests this is that the machine has run, one after the other.
+    pub(super) fn incarnation(&self) -> u64 {
+        self.machine.incarnation()
+    }
+
+    /// Tells clients that want to know.
+    pub(super) fn tell(&self, name: &'static str, data: serde_json::Value) {
+        self.machine.announce(&Event::Own { name, data });
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -8,7 +8,7 @@ use super::connection::ClientError;
 use super::render;
 use crate::cli::args::{
     CallbackOptions, ClientCommand, GpCommand, PatchCommand, ProbeCommand, ReturnOptions,
-    TextCommand, TracepointCommand, VcpuCommand,
+    StepsCommand, TextCommand, TracepointCommand, VcpuCommand,
 };
 use crate::cli::values::Deadline;
 
@@ -128,6 +128,7 @@ impl Task {
                 shown("gp-wait", arguments, render::passed)
             }
             C::Vcpu(command) => vcpu(command),
+            C::Steps(command) => steps(command)?,
         }))
     }
 }
@@ -272,6 +273,29 @@ fn attach(
         "priority": options.priority,
         "deadline": deadline.map(|d| d.as_millis()),
     }))
+}
+
+fn steps(command: StepsCommand) -> Result<Request, ClientError> {
+    Ok(match command {
+        StepsCommand::Apply { file, deadline } => {
+            let failed = |source| ClientError::File {
+                path: file.clone(),
+                source,
+            };
+            let text = std::fs::read_to_string(&file).map_err(failed)?;
+            let mut asked: Value = serde_json::from_str(&text).map_err(|e| failed(e.into()))?;
+            if let (Some(members), Some(deadline)) = (asked.as_object_mut(), deadline) {
+                members.insert("deadline".into(), json!(deadline.as_millis()));
+            }
+            ask("steps-apply", asked)
+        }
+        StepsCommand::Revert { id, deadline } => {
+            let deadline = deadline.map(|d| d.as_millis());
+            ask("steps-revert", json!({"id": id, "deadline": deadline}))
+        }
+        StepsCommand::Cancel { id } => ask("steps-cancel", json!({ "id": id })),
+        StepsCommand::List => ask("query-steps", json!({})),
+    })
 }
 
 fn vcpu(command: VcpuCommand) -> Request {

@@ -1,0 +1,164 @@
+//! Ordered steps: what one changes is in force for everybody before the next begins.
+
+use std::thread::JoinHandle;
+
+use stillpoint_tests::{Instruction, SOON, begin, done, hold, instructions, kept_apart, release};
+
+use super::*;
+
+/// It prints the kernel's release and its version, the address of each of which it takes by an LEA.
+const FUNCTION: &str = "version_proc_show";
+
+/// `lea disp32(%reg),%reg`, whose displacement ends it.
+fn takes_address(one: &&Instruction) -> bool {
+    matches!(one.bytes.as_slice(), [0x48 | 0x4c, 0x8d, mode, _, _, _, _] if mode >> 6 == 2)
+}
+
+/// The two instructions, as steps that make each leave out the first character; and the site of the
+/// second.
+fn two_steps(qmp: &mut Qmp, kernel: &str) -> Result<(Value, String), Failure> {
+    let all = instructions(qmp, kernel, FUNCTION)?;
+    let mut steps = Vec::new();
+    let mut last = String::new();
+    let hex = |bytes: &[u8]| -> String { bytes.iter().map(|byte| format!("{byte:02x}")).collect() };
+    for (one, name) in all.iter().filter(takes_address).zip(["release", "version"]) {
+        let mut changed = one.bytes.clone();
+        if let Some(low) = changed.get_mut(3) {
+            *low += 1;
+        }
+        last = format!("{FUNCTION}+{:#x}", one.offset);
+        let text = json!([{"site": last, "expect": hex(&one.bytes), "write": hex(&changed)}]);
+        steps.push(json!({"name": name, "text": text}));
+    }
+    match steps.len() {
+        2 => Ok((Value::Array(steps), last)),
+        _ => Err(Failure::new(format!(
+            "{FUNCTION} takes other addresses: {all:?}"
+        ))),
+    }
+}
+
+/// A task on vCPU 1 has run the first and not the second.
+fn between(guest: &Guest, qmp: &mut Qmp, second: &str) -> TestResult {
+    hold(qmp, json!({"vcpu": 1, "at": second, "wait": false}))?;
+    begin(guest, 1, "cat /proc/version", "/tmp/version")?;
+    qmp.event("VCPU_HELD", SOON)?;
+    Ok(())
+}
+
+/// Asks for the steps on a connection of its own.
+fn apply(guest: &Guest, steps: &Value) -> JoinHandle<Result<Value, QmpError>> {
+    let (socket, steps) = (guest.socket(), steps.clone());
+    std::thread::spawn(move || {
+        let request = json!({"steps": steps, "deadline": "2m"});
+        Qmp::connect(&socket)?.execute("steps-apply", request)
+    })
+}
+
+fn refusal(result: Result<Value, QmpError>) -> Result<String, Failure> {
+    match result {
+        Err(QmpError::Refused { desc, .. }) => Ok(desc),
+        other => Err(Failure::new(format!("not refused: {other:?}"))),
+    }
+}
+
+fn joined(apply: JoinHandle<Result<Value, QmpError>>) -> Result<Value, QmpError> {
+    match apply.join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+fn two_step(kernel: &str) -> TestResult {
+    let (guest, mut qmp) = kept_apart(Guest::boot(kernel).cpus(2))?;
+    let (steps, second) = two_steps(&mut qmp, kernel)?;
+    let read = || guest.sh("cat /proc/version");
+    let before = read()?;
+    between(&guest, &mut qmp, &second)?;
+    let pid = guest.sh("pidof cat")?;
+    // It stands between them: the second step has to wait, and then none is made.
+    let request = json!({"steps": steps, "deadline": "500ms"});
+    let desc = refusal(qmp.execute("steps-apply", request))?;
+    assert!(
+        desc.starts_with("Deadline") && desc.contains("no step is in force"),
+        "{desc}"
+    );
+    assert_eq!(read()?, before);
+    // Cancelled in between.
+    let asked = apply(&guest, &steps);
+    let begun = std::time::Instant::now();
+    let plan = loop {
+        let listed = qmp.execute("query-steps", json!({}))?;
+        let holdouts = listed.pointer("/steps/0/steps/0/holdouts");
+        if holdouts
+            .and_then(Value::as_array)
+            .is_some_and(|all| !all.is_empty())
+        {
+            break listed;
+        }
+        assert!(begun.elapsed() < SOON, "{listed}");
+    };
+    let said = plan.to_string();
+    assert!(
+        said.contains("vCPU 1") || said.contains(&format!("pid {}", pid.trim())),
+        "{plan}"
+    );
+    let half = read()?;
+    assert!(half != before && half.contains(" #1 "), "{half}");
+    qmp.execute("steps-cancel", json!({"id": plan.pointer("/steps/0/id")}))?;
+    let desc = refusal(joined(asked))?;
+    assert!(
+        desc.contains("cancelled") && desc.contains("no step is in force"),
+        "{desc}"
+    );
+    assert_eq!(read()?, before);
+    assert_eq!(qmp.execute("query-steps", json!({}))?["steps"], json!([]));
+    // Released, it goes on in what it began with, and then both are made.
+    let asked = apply(&guest, &steps);
+    release(&mut qmp, 1)?;
+    let made = joined(asked)?;
+    assert_eq!(done(&guest, "/tmp/version")?, before, "{made}");
+    let after = read()?;
+    assert!(
+        after != before && after != half && !after.contains('#'),
+        "{after}"
+    );
+    qmp.execute("steps-revert", json!({"id": made["id"]}))?;
+    assert_eq!(read()?, before);
+    assert_eq!(guest.complaints()?, "");
+    println!(
+        "two-step: waited for a vCPU between, cancelled, made and taken back: {}",
+        made["stop"]
+    );
+    Ok(())
+}
+
+/// Without the grace period one call runs the first as it was and the second as it will be.
+fn mixed(kernel: &str) -> TestResult {
+    let (guest, mut qmp) = kept_apart(Guest::boot(kernel).cpus(2).without_rules("steps"))?;
+    let (steps, second) = two_steps(&mut qmp, kernel)?;
+    let before = guest.sh("cat /proc/version")?;
+    between(&guest, &mut qmp, &second)?;
+    qmp.execute("steps-apply", json!({ "steps": steps }))?;
+    let after = guest.sh("cat /proc/version")?;
+    release(&mut qmp, 1)?;
+    let seen = done(&guest, "/tmp/version")?;
+    assert!(seen != before && seen != after, "{seen}");
+    println!(
+        "two-step: without the rule \"steps\" a call ran half of the one and half of the other"
+    );
+    Ok(())
+}
+
+#[test]
+fn two_step_on_6_12() -> TestResult {
+    on_kvm_breaking(|| {
+        two_step("6.12")?;
+        mixed("6.12")
+    })
+}
+
+#[test]
+fn two_step_on_6_1() -> TestResult {
+    on_kvm(|| two_step("6.1"))
+}
