@@ -215,7 +215,8 @@ fn taken_out(lab: &mut Lab) -> TestResult {
     const SITE: &str = "hrtimer_nanosleep";
     let goes = lab.attach(SITE, json!({"return": true}))?;
     let stays = lab.attach(SITE, json!({"return": true}))?;
-    lab.guest.sh("sleep 2 & echo $! >/tmp/sleeper; sleep 0.3")?;
+    lab.guest
+        .sh("sleep 1000 & echo $! >/tmp/sleeper; sleep 0.3")?;
     let pid = lab.guest.sh("cat /tmp/sleeper")?.trim().to_owned();
     let stack = lab
         .qmp
@@ -241,7 +242,7 @@ fn taken_out(lab: &mut Lab) -> TestResult {
     let told = lab.qmp.execute("query-holdouts", json!({}))?.to_string();
     assert!(told.contains(&format!("pid {pid}")), "{told}");
     lab.guest
-        .sh("while kill -0 $(cat /tmp/sleeper) 2>/dev/null; do sleep 0.1; done")?;
+        .sh("kill $(cat /tmp/sleeper); while kill -0 $(cat /tmp/sleeper) 2>/dev/null; do sleep 0.1; done")?;
     assert!(lab.hits(stays)? > before);
     lab.detach(&[stays])?;
     all_freed(&mut lab.qmp)?;
