@@ -115,20 +115,11 @@ pub(crate) fn prepare(kernels: &[&str]) -> Result<(), Failure> {
     stillpoint()?;
     let scripts = checkout().join("guest-images");
     run(Command::new(scripts.join("fetch")).args(kernels)).map_err(Failure::new)?;
-    for name in [
-        "version",
-        "sleeper",
-        "add",
-        "nested",
-        "dozer",
-        "synchronize",
-        "spinner",
-        "delayer",
-        "watcher",
-        "bare",
-        "seldom",
-    ] {
-        run(Command::new(scripts.join("replacement")).arg(name)).map_err(Failure::new)?;
+    for source in std::fs::read_dir(scripts.join("replacements"))? {
+        let name = source?.path().with_extension("");
+        if let Some(name) = name.file_name() {
+            run(Command::new(scripts.join("replacement")).arg(name)).map_err(Failure::new)?;
+        }
     }
     for kernel in kernels {
         run(Command::new(scripts.join("initramfs")).arg(kernel)).map_err(Failure::new)?;

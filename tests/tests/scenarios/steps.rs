@@ -69,6 +69,32 @@ fn joined(apply: JoinHandle<Result<Value, QmpError>>) -> Result<Value, QmpError>
     }
 }
 
+/// The same as a person does it.
+fn by_command(guest: &Guest, steps: &Value) -> TestResult {
+    let file = guest.dir().join("two.json");
+    std::fs::write(&file, json!({ "steps": steps }).to_string())?;
+    guest
+        .stillpoint(&["steps", "apply", &file.display().to_string()])?
+        .ok()?;
+    let listed = guest.stillpoint(&["steps", "list"])?.ok()?;
+    assert!(
+        listed.contains("release") && listed.contains("passed"),
+        "{listed}"
+    );
+    let listed: Value =
+        serde_json::from_str(&guest.stillpoint(&["steps", "list", "--json"])?.ok()?)?;
+    let id = listed
+        .pointer("/steps/0/id")
+        .and_then(Value::as_u64)
+        .unwrap_or(0);
+    guest
+        .stillpoint(&["steps", "revert", &id.to_string()])?
+        .ok()?;
+    let missing = guest.stillpoint(&["steps", "apply", "/nowhere"])?;
+    assert_eq!(missing.status, 1, "{missing:?}");
+    Ok(())
+}
+
 fn two_step(kernel: &str) -> TestResult {
     let (guest, mut qmp) = kept_apart(Guest::boot(kernel).cpus(2))?;
     let (steps, second) = two_steps(&mut qmp, kernel)?;
@@ -125,6 +151,26 @@ fn two_step(kernel: &str) -> TestResult {
     );
     qmp.execute("steps-revert", json!({"id": made["id"]}))?;
     assert_eq!(read()?, before);
+    by_command(&guest, &steps)?;
+    assert_eq!(read()?, before);
+    for (command, arguments, word) in [
+        ("steps-apply", json!({"steps": []}), "InvalidArgument"),
+        (
+            "steps-apply",
+            json!({"steps": [{"name": "", "text": []}]}),
+            "InvalidArgument",
+        ),
+        (
+            "steps-apply",
+            json!({"steps": [{"text": []}]}),
+            "MissingArgument",
+        ),
+        ("steps-revert", json!({"id": 1_000}), "NotFound"),
+        ("steps-cancel", json!({"id": 1_000}), "NotFound"),
+    ] {
+        let desc = refusal(qmp.execute(command, arguments.clone()))?;
+        assert!(desc.starts_with(word), "{arguments}: {desc}");
+    }
     assert_eq!(guest.complaints()?, "");
     println!(
         "two-step: waited for a vCPU between, cancelled, made and taken back: {}",
