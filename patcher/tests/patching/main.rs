@@ -15,6 +15,7 @@ mod kernel_guest;
 mod probe;
 mod redirect;
 mod returns;
+mod steps;
 mod text;
 
 use kernel_guest::{KERNELS, KernelGuest, NOP5, SLIDE, guest};
