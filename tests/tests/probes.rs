@@ -95,6 +95,7 @@ fn probes_count_exactly_on_6_12() -> TestResult {
     on_kvm(|| counts("6.12"))
 }
 
+#[cfg(feature = "full")]
 #[test]
 fn probes_count_exactly_on_6_1() -> TestResult {
     on_kvm(|| counts("6.1"))
