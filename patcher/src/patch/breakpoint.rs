@@ -15,8 +15,8 @@ use std::collections::BTreeMap;
 
 use super::check::Check;
 use super::hook::{Hook, Lead, Means};
-use super::knowledge::{Function, Knowledge};
-use super::placing::{NewPlace, give_back};
+use super::knowledge::{Function, linked};
+use super::placing::NewPlace;
 use super::report::{Applied, Bytes, Collected, Evidence, Kind, Origin};
 use super::retire::{Content, Leaving};
 use super::trap::{TrapHandler, TrapSite};
@@ -121,7 +121,9 @@ impl Patcher {
     ) -> Result<Breakpoint, PatchError> {
         let found = self.identify(guest)?;
         let check = self.check(&found, guest);
-        let (link, function) = in_function(&self.know, &found, &request.site)?;
+        let site = &request.site;
+        let link = linked(site, site.resolve(self.know.kernel.symbols())?, found.slide)?;
+        let function = self.know.allowed(link, 1, site)?;
         check.idle()?;
         let asked = if request.soft { None } else { Some(link) };
         if let Some(shared) = asked.and_then(|link| self.shared(link.at(found.slide))) {
@@ -187,13 +189,11 @@ impl Patcher {
         let NewPlace {
             mut placed,
             content,
-            ..
+            fresh,
         } = self.placing(&found).place(guest, &code, 0)?;
         placed.goes_on = vec![at];
         if let Err(error) = guest.set_rip(vcpu, placed.entry) {
-            if let Some(arena) = &mut self.arena {
-                give_back(guest, arena, placed.code, placed.data);
-            }
+            self.unplace(guest, &placed, content, fresh, origin);
             return Err(error.into());
         }
         let id = self.ledger.next();
@@ -392,26 +392,6 @@ impl Patcher {
             trap,
         })
     }
-}
-
-/// The function that `site` is in, when its text may be changed there.
-fn in_function(
-    know: &Knowledge,
-    located: &Located,
-    site: &Site,
-) -> Result<(LinkAddr, Function), PatchError> {
-    let link = match (site.resolve(know.kernel.symbols())?, site) {
-        (Some(link), _) => link,
-        (None, Site::Address(at)) => at.linked(located.slide),
-        (None, site) => return Err(PatchError::Request(format!("{site} has no address"))),
-    };
-    know.regions.check(&know.kernel, link, 1, site)?;
-    let function = know.function(link).ok_or_else(|| {
-        PatchError::Request(format!(
-            "{site} is in no function, so its instructions are not known"
-        ))
-    })?;
-    Ok((link, function))
 }
 
 /// The instruction at `link`, or, at the start of a function, the one behind the landing place of

@@ -1,5 +1,7 @@
 //! Why a change was refused. Whatever the reason, the guest is as it was.
 
+use std::fmt;
+
 use super::EntryId;
 use super::code::{LinkError, ObjectError};
 use super::probe::ReturnError;
@@ -123,7 +125,10 @@ pub enum PatchError {
         owner: String,
     },
     /// A context may be inside the bytes.
-    #[error("a context may be inside the bytes: {}; try again", first_of(hits))]
+    #[error(
+        "a context may be inside the bytes: {}; try again",
+        first_of(hits, "it is not known which")
+    )]
     Occupied {
         /// Who.
         hits: Vec<Hit>,
@@ -153,7 +158,10 @@ pub enum PatchError {
         waiting: Vec<Retired>,
     },
     /// Somebody has not left a function since it was changed.
-    #[error("not everybody has left what was changed: {}", first_holdout(holdouts))]
+    #[error(
+        "not everybody has left what was changed: {}",
+        first_of(holdouts, "it is not known who")
+    )]
     NotLeft {
         /// Who.
         holdouts: Vec<Holdout>,
@@ -290,17 +298,9 @@ fn holdouts(waiting: &[Retired]) -> String {
     }
 }
 
-fn first_holdout(holdouts: &[Holdout]) -> String {
-    match holdouts {
-        [] => "it is not known who".into(),
-        [only] => only.to_string(),
-        [first, rest @ ..] => format!("{first}, and {} more", rest.len()),
-    }
-}
-
-fn first_of(hits: &[Hit]) -> String {
-    match hits {
-        [] => "it is not known which".into(),
+fn first_of<T: fmt::Display>(all: &[T], none: &str) -> String {
+    match all {
+        [] => none.into(),
         [only] => only.to_string(),
         [first, rest @ ..] => format!("{first}, and {} more", rest.len()),
     }

@@ -83,8 +83,8 @@ impl Patcher {
             change(guest, found.root, lead.ftrace, lead.at, &bytes)?;
             Ok(bytes)
         });
-        match (changed, &mut self.arena) {
-            (Ok(mut after), _) => {
+        match changed {
+            Ok(mut after) => {
                 after.extend(lead.before.iter().skip(after.len()));
                 Ok(Led {
                     placed,
@@ -92,14 +92,26 @@ impl Patcher {
                     after: Bytes(after),
                 })
             }
-            (Err(error), Some(arena)) if fresh => {
-                give_back(guest, arena, placed.code, placed.data);
+            Err(error) => {
+                self.unplace(guest, &placed, content, fresh, origin);
                 Err(error)
             }
-            (Err(error), _) => {
-                self.retire_again(&placed, content, origin);
-                Err(error)
-            }
+        }
+    }
+
+    /// Nothing leads to what was placed: it is given back, or retired where somebody may still be in it
+    /// from its first life.
+    pub(super) fn unplace(
+        &mut self,
+        guest: &mut dyn StoppedGuest,
+        placed: &PlacedCode,
+        content: Content,
+        fresh: bool,
+        origin: &Origin,
+    ) {
+        match &mut self.arena {
+            Some(arena) if fresh => give_back(guest, arena, placed.code, placed.data),
+            _ => self.retire_again(placed, content, origin),
         }
     }
 

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
+use super::PatchError;
 use super::code::Resolved;
 use crate::Kernel;
 use crate::arena::ArenaLayout;
-use crate::guest::LinkAddr;
+use crate::guest::{LinkAddr, Slide};
 use crate::patch::code::ReturnSites;
 use crate::space::{Landmarks, LayoutError, Located, Space};
 use crate::stack::StackLayout;
-use crate::symbols::ModulesLayout;
+use crate::symbols::{ModulesLayout, Site};
 use crate::tasks::{SurveyLayout, TaskLayout};
 use crate::text::{BusyLayout, FtraceLayout, KprobesLayout, Regions, Rewritten};
 use crate::types::Field;
@@ -60,6 +61,21 @@ impl Knowledge {
             return_sites: return_sites(&kernel, &regions),
             regions,
             kernel,
+        })
+    }
+
+    /// The function that `link` is in, when `len` bytes of its text may be changed there.
+    pub(super) fn allowed(
+        &self,
+        link: LinkAddr,
+        len: u64,
+        site: &Site,
+    ) -> Result<Function, PatchError> {
+        self.regions.check(&self.kernel, link, len, site)?;
+        self.function(link).ok_or_else(|| {
+            PatchError::Request(format!(
+                "{site} is in no function, so its instructions are not known"
+            ))
         })
     }
 
@@ -145,6 +161,19 @@ pub(super) struct Function {
     pub(super) name: String,
     pub(super) start: LinkAddr,
     pub(super) size: u64,
+}
+
+/// Where `site` is linked: what its name has said, or by its run-time address.
+pub(super) fn linked(
+    site: &Site,
+    by_name: Option<LinkAddr>,
+    slide: Slide,
+) -> Result<LinkAddr, PatchError> {
+    match (by_name, site) {
+        (Some(link), _) => Ok(link),
+        (None, Site::Address(at)) => Ok(at.linked(slide)),
+        (None, site) => Err(PatchError::Request(format!("{site} has no address"))),
+    }
 }
 
 impl Function {

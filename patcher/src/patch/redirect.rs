@@ -8,7 +8,7 @@
 use super::PatchError;
 use super::check::Check;
 use super::code::Code;
-use super::knowledge::{Function, Knowledge};
+use super::knowledge::{Function, Knowledge, linked};
 use super::ledger::Ledger;
 use super::report::{Evidence, FtraceMark};
 use crate::guest::{Gva, LinkAddr};
@@ -90,15 +90,13 @@ impl PreparedRedirect {
 
     pub(super) fn check(&self, check: &Check<'_>, ledger: &Ledger) -> Result<Ready, PatchError> {
         let slide = check.located.slide;
-        let (function, entry) = match (&self.function, &self.site) {
-            (Some(function), _) => (function.clone(), self.entry),
-            (None, Site::Address(at)) => {
-                let function = start_of(check.know, &self.site, at.linked(slide))?;
+        let (function, entry) = match &self.function {
+            Some(function) => (function.clone(), self.entry),
+            None => {
+                let link = linked(&self.site, None, slide)?;
+                let function = start_of(check.know, &self.site, link)?;
                 let entry = self.code.entry(self.wanted.as_deref(), &function.name)?;
                 (function, entry)
-            }
-            (None, site) => {
-                return Err(PatchError::Request(format!("{site} has no address")));
             }
         };
         check.idle()?;

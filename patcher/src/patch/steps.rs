@@ -175,16 +175,22 @@ impl Patcher {
         let slide = found.slide;
         let mut all = Vec::new();
         for change in changes {
-            let end = change.address.offset(change.after.0.len() as u64);
-            all.push(change.address..end);
-            if let Some(function) = self.know.function(change.address.linked(slide)) {
-                let parts = self.know.parts(&function).into_iter();
-                all.extend(parts.map(|part| {
-                    let start = part.start.at(slide);
-                    start..start.offset(part.size)
-                }));
+            let bytes = change.address..change.address.offset(change.after.0.len() as u64);
+            let function = self.know.function(change.address.linked(slide));
+            let parts = function.map_or_else(Vec::new, |function| self.know.parts(&function));
+            let parts = parts.iter().map(|part| {
+                let start = part.start.at(slide);
+                start..start.offset(part.size)
+            });
+            all.extend(parts);
+            let covers = |range: &Range<Gva>| range.start <= bytes.start && bytes.end <= range.end;
+            if !all.iter().any(covers) {
+                all.push(bytes);
             }
         }
+        // Several changes of a function are one place to be in.
+        all.sort_by_key(|range| (range.start, range.end));
+        all.dedup();
         let leads_there = |goes_on: &[Gva]| {
             let mut addresses = goes_on.iter();
             addresses.any(|at| all.iter().any(|range| range.contains(at)))

@@ -2,7 +2,7 @@
 
 use super::PatchError;
 use super::check::Check;
-use super::knowledge::{Function, Knowledge};
+use super::knowledge::{Function, Knowledge, linked};
 use super::ledger::Ledger;
 use super::report::{Evidence, FtraceMark};
 use crate::guest::{LinkAddr, Slide};
@@ -79,15 +79,11 @@ impl PreparedText {
     }
 
     fn link(&self, know: &Knowledge, slide: Slide) -> Result<LinkAddr, PatchError> {
-        match (self.link, &self.request.site) {
-            (Some(link), _) => Ok(link),
-            (None, Site::Address(at)) => {
-                let link = at.linked(slide);
-                self.check_place(know, link)?;
-                Ok(link)
-            }
-            (None, site) => Err(PatchError::Request(format!("{site} has no address"))),
+        let link = linked(&self.request.site, self.link, slide)?;
+        if self.link.is_none() {
+            self.check_place(know, link)?;
         }
+        Ok(link)
     }
 
     pub(super) fn check(&self, check: &Check<'_>, ledger: &Ledger) -> Result<Ready, PatchError> {

@@ -13,6 +13,7 @@ mod site;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::hook::{Hook, Lead, Means};
+use super::knowledge::linked;
 use super::report::{Applied, Evidence, Kind, Origin, PlacedCode, Reverted};
 use super::retire::{Content, Leaving};
 use super::writing::{may_go, still_ours};
@@ -20,7 +21,6 @@ use super::{EntryId, PatchError, Patcher};
 use crate::guest::{Gva, StoppedGuest};
 use crate::probe::{Act, Displaced, Plan, Returning, Variables, trampoline};
 use crate::space::Located;
-use crate::symbols::Site;
 pub(super) use callback::{Attached, Prepared, Ready, Wanted, variables};
 pub use callback::{Callback, Does};
 pub(super) use report::hexadecimal;
@@ -122,11 +122,7 @@ impl Patcher {
         origin: &Origin,
     ) -> Result<NewProbe, PatchError> {
         let check = self.check(found, guest);
-        let link = match (prepared.link, &prepared.site) {
-            (Some(link), _) => link,
-            (None, Site::Address(at)) => at.linked(found.slide),
-            (None, site) => return Err(PatchError::Request(format!("{site} has no address"))),
-        };
+        let link = linked(&prepared.site, prepared.link, found.slide)?;
         let function = allowed(&self.know, link, &prepared.site)?;
         let place = place(&check, &function, link)?;
         let returning = prepared.returning_from(&self.know, &function, &place)?;

@@ -13,18 +13,13 @@ use crate::text::{EntrySite, MAX_INSTRUCTION, NOP5, boundaries, entry_site, indi
 /// Bytes of a jump.
 pub(super) const JUMP: usize = NOP5.len();
 
-/// The function that `link` is in, when its text may be changed there.
+/// The function that `link` is in, when a jump may be put there.
 pub(super) fn allowed(
     know: &Knowledge,
     link: LinkAddr,
     site: &Site,
 ) -> Result<Function, PatchError> {
-    know.regions.check(&know.kernel, link, JUMP as u64, site)?;
-    know.function(link).ok_or_else(|| {
-        PatchError::Request(format!(
-            "{site} is in no function, so its instructions are not known"
-        ))
-    })
+    know.allowed(link, JUMP as u64, site)
 }
 
 /// The place of a jump.
