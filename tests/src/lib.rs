@@ -46,7 +46,7 @@ pub use needs::{
     stillpoint,
 };
 pub use place::{on_host, on_kvm, on_kvm_breaking, on_kvm_then_here, on_kvm_with};
-pub use qmp::{Qmp, QmpError};
+pub use qmp::{Qmp, QmpError, refusal};
 pub use ran::Ran;
 pub use trampolines::{all_freed, functions, take_sum};
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::SOON;
+use crate::{Failure, SOON};
 
 /// What goes wrong on a QMP connection.
 #[derive(Debug, thiserror::Error)]
@@ -138,5 +138,18 @@ impl Qmp {
         let message = serde_json::from_str(&self.line);
         let line = std::mem::take(&mut self.line);
         message.map_err(|_| QmpError::Nonsense(line))
+    }
+}
+
+/// What a command is refused with.
+///
+/// # Errors
+///
+/// When it is not refused, or fails in another way.
+pub fn refusal(result: Result<Value, QmpError>) -> Result<String, Failure> {
+    match result {
+        Err(QmpError::Refused { desc, .. }) => Ok(desc),
+        Err(error) => Err(error.into()),
+        Ok(answer) => Err(Failure::new(format!("not refused: {answer}"))),
     }
 }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use stillpoint_tests::{
-    Boot, Failure, Guest, Qmp, QmpError, REPLACED, SOON, TestResult, all_or, on_kvm, replacement,
+    Boot, Failure, Guest, Qmp, QmpError, REPLACED, SOON, TestResult, all_or, on_kvm, refusal,
+    replacement,
 };
 
 /// The nop at a traceable function's entry, as every stock kernel has it after boot.
@@ -64,14 +65,6 @@ fn stalled(reply: &Value) -> Result<u64, Failure> {
         .ok_or_else(|| Failure::new(format!("no stop time in {reply}")))
 }
 
-fn refusal(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<String, Failure> {
-    match qmp.execute(command, arguments) {
-        Err(QmpError::Refused { desc, .. }) => Ok(desc),
-        Err(error) => Err(error.into()),
-        Ok(reply) => Err(Failure::new(format!("not refused: {reply}"))),
-    }
-}
-
 fn patches(kernel: &str) -> TestResult {
     let guest = Guest::boot(kernel).cpus(2).start()?;
     let mut qmp = guest.control()?;
@@ -87,14 +80,14 @@ fn patches(kernel: &str) -> TestResult {
     );
 
     // Once more is refused: the bytes are not the expected ones any more, or have an owner.
-    refusal(&mut qmp, "text-patch", request)?;
+    refusal(qmp.execute("text-patch", request))?;
     let list = qmp.execute("query-text", json!({}))?;
     let applied = list.get("applied").and_then(Value::as_array);
     assert_eq!(applied.map(Vec::len), Some(1), "{list}");
 
     revert(&mut qmp, &entry)?;
     assert_eq!(guest.sh("cat /proc/version")?, before);
-    refusal(&mut qmp, "text-revert", json!({"id": entry.get("id")}))?;
+    refusal(qmp.execute("text-revert", json!({"id": entry.get("id")})))?;
     assert_eq!(guest.complaints()?, "");
     Ok(())
 }
@@ -137,7 +130,7 @@ fn what_may_not_be_patched() -> TestResult {
             (patch("entry_SYSCALL_64", "90", "cc"), ""),
             (patch("linux_banner", "4c", "4d"), ""),
         ] {
-            let desc = refusal(&mut qmp, "text-patch", request.clone())?;
+            let desc = refusal(qmp.execute("text-patch", request.clone()))?;
             assert!(desc.contains(word), "{request}: {desc}");
         }
         let list = qmp.execute("query-text", json!({}))?;
@@ -191,7 +184,7 @@ fn a_revert_is_refused_when_the_bytes_are_not_ours_any_more() -> TestResult {
         assert_eq!(bytes[0], 0xe9, "no jump there");
         std::os::unix::fs::FileExt::write_all_at(&memory, &[0x0f, 0x1f, 0x44, 0, 0], host)?;
 
-        let desc = refusal(&mut qmp, "text-revert", json!({"id": entry.get("id")}))?;
+        let desc = refusal(qmp.execute("text-revert", json!({"id": entry.get("id")})))?;
         assert!(desc.contains("e9") || desc.contains("bytes"), "{desc}");
         std::os::unix::fs::FileExt::write_all_at(&memory, &bytes, host)?;
         revert(&mut qmp, &entry)?;

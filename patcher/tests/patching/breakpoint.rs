@@ -35,13 +35,6 @@ fn end(patcher: &mut Patcher, guest: &mut KernelGuest, id: EntryId) -> Settled {
     settle(patcher, guest, id, false, false).unwrap()
 }
 
-fn goes_to(guest: &KernelGuest, at: Gva) -> Gva {
-    let jump = guest.get(at, 5);
-    assert_eq!(jump[0], 0xe9, "no jump at {at}");
-    let distance = i32::from_le_bytes(jump[1..].try_into().unwrap());
-    at.offset(5).displace(distance.into())
-}
-
 #[test]
 fn every_instruction_takes_a_breakpoint_or_is_refused_with_a_reason() {
     for name in KERNELS {
@@ -106,10 +99,10 @@ fn the_copy_goes_on_behind_and_the_loop_at_the_site() {
         assert_eq!((found.address, found.place.as_str()), (at, site.as_str()));
         let spin = found.spin.unwrap();
         assert_eq!(guest.get(spin, 4), [0xf3, 0x90, 0xeb, 0xfc]);
-        assert_eq!(goes_to(&guest, spin.offset(4)), at);
+        assert_eq!(target(&guest, spin.offset(4)), at);
         assert_eq!(guest.get(found.aside, bytes.len()), bytes);
         let len = bytes.len() as u64;
-        assert_eq!(goes_to(&guest, found.aside.offset(len)), at.offset(len));
+        assert_eq!(target(&guest, found.aside.offset(len)), at.offset(len));
 
         // Somebody is in the loop: the text is as it was, and the loop stays, whatever is freed.
         let settled = settle(&mut patcher, &mut guest, found.id, false, true).unwrap();

@@ -109,3 +109,11 @@ fn instructions(guest: &KernelGuest, count: usize) -> (String, Gva, Vec<u8>) {
 fn nops(len: usize) -> Vec<u8> {
     vec![0x90; len]
 }
+
+/// Where a jump at `at` leads.
+fn target(guest: &KernelGuest, at: Gva) -> Gva {
+    let jump = guest.get(at, 5);
+    assert_eq!(jump[0], 0xe9, "no jump at {at}");
+    let distance = i32::from_le_bytes(jump[1..].try_into().unwrap());
+    at.offset(5).displace(distance.into())
+}

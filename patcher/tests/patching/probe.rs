@@ -40,14 +40,6 @@ fn detach(
     patcher.detach_probe(&mut guest.image, id, &origin())
 }
 
-/// Where a jump at `at` leads.
-fn target(guest: &KernelGuest, at: Gva) -> Gva {
-    let jump = guest.get(at, 5);
-    assert_eq!(jump[0], 0xe9, "no jump at {at}");
-    let distance = i32::from_le_bytes(jump[1..].try_into().unwrap());
-    at.offset(5).displace(distance.into())
-}
-
 #[test]
 fn a_probe_at_the_entry_counts_and_comes_back() {
     for name in KERNELS {

@@ -28,7 +28,7 @@ fn a_hold_stops_with_its_deadline_and_stands_a_stop() -> TestResult {
         assert_eq!(text(&vcpu(&mut qmp, 1)?, "/hold/state"), "held");
         // Asked for and released in a stop.
         qmp.execute("stop", json!({}))?;
-        let desc = refused(hold(&mut qmp, json!({"vcpu": 1})))?;
+        let desc = refusal(hold(&mut qmp, json!({"vcpu": 1})))?;
         assert!(
             desc.starts_with("Busy") && desc.contains("release"),
             "{desc}"
@@ -62,11 +62,11 @@ fn a_hold_stops_with_its_deadline_and_stands_a_stop() -> TestResult {
                 "ForbiddenText",
             ),
         ] {
-            let desc = refused(hold(&mut qmp, arguments.clone()))?;
+            let desc = refusal(hold(&mut qmp, arguments.clone()))?;
             assert!(desc.starts_with(word), "{arguments}: {desc}");
         }
         for vcpu in [0, 1, 2] {
-            let desc = refused(release(&mut qmp, vcpu))?;
+            let desc = refusal(release(&mut qmp, vcpu))?;
             assert!(desc.starts_with("NotFound"), "{desc}");
         }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use stillpoint_tests::{
     Boot, Failure, Guest, Qmp, QmpError, SOON, TestResult, all_freed, all_or, armed, begin, done,
-    hold, kept_apart, on_kvm, release,
+    hold, kept_apart, on_kvm, refusal, release,
 };
 
 /// Reading /proc/version runs it, and nothing else does.
@@ -24,14 +24,6 @@ fn start(boot: Boot) -> Result<(Guest, Qmp), Failure> {
     let (guest, qmp) = kept_apart(boot)?;
     guest.sh("(i=0; while :; do i=$((i+1)); echo $i >/tmp/n; done) >/dev/null 2>&1 &")?;
     Ok((guest, qmp))
-}
-
-fn refused(result: Result<Value, QmpError>) -> Result<String, Failure> {
-    match result {
-        Err(QmpError::Refused { desc, .. }) => Ok(desc),
-        Err(error) => Err(error.into()),
-        Ok(answer) => Err(Failure::new(format!("not refused: {answer}"))),
-    }
 }
 
 fn vcpu(qmp: &mut Qmp, index: u32) -> Result<Value, Failure> {

@@ -65,7 +65,7 @@ fn breakpoints_of_the_guests_own_work_while_ours_are_there() -> TestResult {
             "echo 'p:theirs version_proc_show+9' >kprobe_events; echo 1 >events/kprobes/theirs/enable",
         )?;
         let request = json!({"vcpu": 1, "at": BEHIND, "wait": false});
-        let desc = refused(hold(&mut qmp, request))?;
+        let desc = refusal(hold(&mut qmp, request))?;
         assert!(
             desc.starts_with("Owned") && desc.contains("kprobe"),
             "{desc}"
@@ -118,7 +118,7 @@ fn what_a_held_vcpu_is_in_waits_for_it_by_name() -> TestResult {
         let found = text(&holdout, "/found");
         assert!(found.contains(&format!("pid {}", pid.trim())), "{told}");
         let wait = json!({"cookie": cookie, "deadline": 300});
-        let desc = refused(qmp.execute("gp-wait", wait))?;
+        let desc = refusal(qmp.execute("gp-wait", wait))?;
         assert!(desc.contains("vCPU 1 is held by vcpu-hold"), "{desc}");
         // What it does not hold up goes on.
         let probe = qmp.execute("probe-attach", json!({"site": "vfs_read"}))?;

@@ -130,13 +130,7 @@ fn delayed_vcpu(kernel: &str, rounds: u32) -> TestResult {
 /// The same for a callback of ours on the tracepoint, the first of two: it is freed when the vCPU that
 /// is about to call it has gone on.
 fn ours(kernel: &str, without: Option<&str>) -> TestResult {
-    let mut boot = Guest::boot(kernel)
-        .cpus(2)
-        .cmdline("oops=panic")
-        .args(&["--no-reboot"]);
-    if let Some(rule) = without {
-        boot = boot.without_rules(rule);
-    }
+    let boot = mortal(Guest::boot(kernel).cpus(2), without);
     let (guest, mut qmp) = kept_apart(boot)?;
     let window = window_of_several(&mut qmp, kernel)?;
     let with = |priority: i32| json!({"name": TRACEPOINT, "priority": priority});

@@ -27,13 +27,7 @@ fn two_in_one(qmp: &mut Qmp, kernel: &str) -> Result<(String, String), Failure> 
 
 /// A task that is between two instructions, and preempted there.
 fn between(kernel: &str, without: Option<&str>) -> Result<(Guest, Qmp, String), Failure> {
-    let mut boot = Guest::boot(kernel)
-        .cpus(2)
-        .cmdline("preempt=full oops=panic")
-        .args(&["--no-reboot"]);
-    if let Some(rule) = without {
-        boot = boot.without_rules(rule);
-    }
+    let boot = mortal(Guest::boot(kernel).cpus(2).cmdline("preempt=full"), without);
     let (guest, mut qmp) = kept_apart(boot)?;
     let (site, interior) = two_in_one(&mut qmp, kernel)?;
     all_freed(&mut qmp)?;

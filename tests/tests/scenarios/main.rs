@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use stillpoint_tests::{
-    Failure, Guest, Qmp, QmpError, TestResult, all_freed, breakable, on_host, on_kvm,
+    Boot, Failure, Guest, Qmp, QmpError, TestResult, all_freed, breakable, on_host, on_kvm,
     on_kvm_breaking, replacement, stillpoint,
 };
 
@@ -34,6 +34,15 @@ fn hits(qmp: &mut Qmp, id: u64) -> Result<u64, Failure> {
     let found = all.find(|one| one["id"] == json!(id));
     let hits = found.and_then(|one| one["hits"].as_u64());
     hits.ok_or_else(|| Failure::new(format!("no {id} in {reply}")))
+}
+
+/// A guest whose VMM ends when its kernel goes wrong, with a rule left out or with all.
+fn mortal(boot: Boot, without: Option<&str>) -> Boot {
+    let boot = boot.cmdline("oops=panic").args(&["--no-reboot"]);
+    match without {
+        Some(rules) => boot.without_rules(rules),
+        None => boot,
+    }
 }
 
 /// The guest's kernel dies of what was done to it.

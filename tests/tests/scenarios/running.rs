@@ -55,15 +55,10 @@ fn never_schedules_on_6_12() -> TestResult {
     on_kvm(|| never_schedules("6.12"))
 }
 
-/// A guest in which a kernel that goes on in freed code panics, and so ends.
-fn mortal(kernel: &str, more: &str, without: &str) -> Result<(Guest, Qmp), Failure> {
-    let guest = Guest::boot(kernel)
-        .cpus(2)
-        .cmdline("oops=panic")
-        .cmdline(more)
-        .args(&["--no-reboot"])
-        .without_rules(without)
-        .start()?;
+/// A guest without some rules.
+fn without(kernel: &str, more: &str, rules: &str) -> Result<(Guest, Qmp), Failure> {
+    let boot = Guest::boot(kernel).cpus(2).cmdline(more);
+    let guest = mortal(boot, Some(rules)).start()?;
     let qmp = guest.control()?;
     Ok((guest, qmp))
 }
@@ -114,7 +109,7 @@ fn idle_task(kernel: &str) -> TestResult {
     assert!(waited > 0, "no idle task was met in a callback");
     assert_eq!(guest.complaints()?, "");
     println!("idle-task: {ROUNDS} rounds, {count:?}, {waited} waited for an idle task, all freed");
-    let (guest, mut qmp) = mortal(kernel, "", "idle-tasks")?;
+    let (guest, mut qmp) = without(kernel, "", "idle-tasks")?;
     until_it_dies(&guest, &mut qmp, &delays_idle(MILLISECONDS), 200)?;
     println!("idle-task: without the rule \"idle-tasks\" the guest died");
     Ok(())
@@ -159,7 +154,7 @@ fn no_preemption(kernel: &str) -> TestResult {
     guest.sh("kill $(cat /tmp/busy)")?;
     assert_eq!(guest.complaints()?, "");
     println!("no-preemption: {at_once} of {ROUNDS} freed in the stop that detached");
-    let (guest, mut qmp) = mortal(kernel, "preempt=none", "running-tasks")?;
+    let (guest, mut qmp) = without(kernel, "preempt=none", "running-tasks")?;
     guest.start_sh("while :; do cat /proc/version; done >/dev/null 2>&1")?;
     let stays = json!({"site": "version_proc_show", "object": object("delayer"), "data": 40});
     until_it_dies(&guest, &mut qmp, &stays, 200)?;
@@ -193,7 +188,7 @@ fn rcu_not_watching(kernel: &str) -> TestResult {
     );
 
     // Were they not refused, the callback would be skipped and counted.
-    let (guest, mut qmp) = mortal(kernel, "", "forbidden-text")?;
+    let (guest, mut qmp) = without(kernel, "", "forbidden-text")?;
     take_sum(&guest)?;
     let mut unwatched = None;
     let mut skipped = 0;
@@ -213,7 +208,7 @@ fn rcu_not_watching(kernel: &str) -> TestResult {
     let offset = unwatched.ok_or_else(|| Failure::new("RCU watches everywhere in {IDLE}"))?;
     println!("rcu-not-watching: were it not, {skipped} calls skipped, none made");
 
-    let (guest, mut qmp) = mortal(kernel, "", "forbidden-text,rcu-watching")?;
+    let (guest, mut qmp) = without(kernel, "", "forbidden-text,rcu-watching")?;
     take_sum(&guest)?;
     let id = attach(&mut qmp, at(offset))?;
     std::thread::sleep(Duration::from_millis(500));

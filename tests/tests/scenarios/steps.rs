@@ -2,7 +2,9 @@
 
 use std::thread::JoinHandle;
 
-use stillpoint_tests::{Instruction, SOON, begin, done, hold, instructions, kept_apart, release};
+use stillpoint_tests::{
+    Instruction, SOON, begin, done, hold, instructions, kept_apart, refusal, release,
+};
 
 use super::*;
 
@@ -53,13 +55,6 @@ fn apply(guest: &Guest, steps: &Value) -> JoinHandle<Result<Value, QmpError>> {
         let request = json!({"steps": steps, "deadline": "2m"});
         Qmp::connect(&socket)?.execute("steps-apply", request)
     })
-}
-
-fn refusal(result: Result<Value, QmpError>) -> Result<String, Failure> {
-    match result {
-        Err(QmpError::Refused { desc, .. }) => Ok(desc),
-        other => Err(Failure::new(format!("not refused: {other:?}"))),
-    }
 }
 
 fn joined(apply: JoinHandle<Result<Value, QmpError>>) -> Result<Value, QmpError> {

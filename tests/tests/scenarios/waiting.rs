@@ -48,13 +48,12 @@ const SLEEPING: Case = Case {
 
 /// A guest in which so many tasks are in the callback, all on one CPU.
 fn inside(kernel: &str, case: &Case, without: Option<&str>) -> Result<(Guest, Qmp, u64), Failure> {
-    let mut boot = Guest::boot(kernel)
-        .cpus(2)
-        .cmdline("preempt=full isolcpus=1 irqaffinity=0 oops=panic")
-        .args(&["--no-reboot"]);
-    if let Some(rule) = without {
-        boot = boot.without_rules(rule);
-    }
+    let boot = mortal(
+        Guest::boot(kernel)
+            .cpus(2)
+            .cmdline("preempt=full isolcpus=1 irqaffinity=0"),
+        without,
+    );
     let guest = boot.start()?;
     let mut qmp = guest.control()?;
     qmp.execute("events-enable", json!({}))?;
