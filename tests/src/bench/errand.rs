@@ -27,9 +27,6 @@ const ICOUNT_LIMIT: Duration = Duration::from_secs(400);
 /// New machines that a measurement gets under icount before it is given up.
 pub(super) const ICOUNT_TRIES: u32 = 3;
 
-/// QEMU's options for it: an idle machine goes straight to its next timer.
-const ICOUNT: [&str; 2] = ["-icount", "shift=0,sleep=off"];
-
 /// Whether guests run in the lab, on this host.
 pub(super) fn in_lab() -> Result<bool, Failure> {
     Ok(place::here()? == Place::Lab)
@@ -109,7 +106,7 @@ pub(super) fn send(files: &Files, work: Work, clock: Clock) -> Result<Vec<Findin
     let mut findings = Findings::default();
     let outcome = match clock {
         Clock::Real => lab::run(&command, LIMIT, Inputs::default(), &mut findings),
-        Clock::Icount => lab::run_fresh(&command, ICOUNT_LIMIT, &ICOUNT, &mut findings),
+        Clock::Icount => lab::run_fresh(&command, ICOUNT_LIMIT, &lab::ICOUNT, &mut findings),
     };
     match outcome {
         Ok(outcome) if outcome.exit == Exit::Status(0) => {}

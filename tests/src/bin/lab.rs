@@ -24,6 +24,9 @@ enum Verb {
         /// Seconds after which the command is ended (exit status 124); else STILLPOINT_LAB_LIMIT, else 1800
         #[arg(long)]
         limit: Option<u64>,
+        /// On a new machine whose clock counts instructions, one to the nanosecond; without input
+        #[arg(long)]
+        icount: bool,
         /// The command and its arguments
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<String>,
@@ -58,7 +61,11 @@ enum Verb {
 
 fn main() -> ExitCode {
     let done = match Options::parse().verb {
-        Verb::Run { limit, command } => run(command, limit.unwrap_or_else(default_limit)),
+        Verb::Run {
+            limit,
+            icount,
+            command,
+        } => run(command, limit.unwrap_or_else(default_limit), icount),
         Verb::Stop => stop(),
         Verb::Keep { machine } => lab::keeper::keep(machine).map(|()| ExitCode::SUCCESS),
         Verb::Agent { share, modules } => lab::agent::serve(&share, &modules)
@@ -112,18 +119,23 @@ fn write(to: &mut impl Write, bytes: &[u8]) {
     }
 }
 
-fn run(argv: Vec<String>, limit: u64) -> Result<ExitCode, LabError> {
+fn run(argv: Vec<String>, limit: u64, icount: bool) -> Result<ExitCode, LabError> {
     let cwd = std::env::current_dir().map_err(LabError::Talk)?;
     let command = Command {
         argv,
         env: lab::client::environment(),
         cwd,
     };
-    let inputs = Inputs {
-        stdin: Some(read_stdin()),
-        signals: Some(catch_signals()?),
+    let limit = Duration::from_secs(limit);
+    let outcome = if icount {
+        lab::run_fresh(&command, limit, &lab::ICOUNT, &mut Standard)?
+    } else {
+        let inputs = Inputs {
+            stdin: Some(read_stdin()),
+            signals: Some(catch_signals()?),
+        };
+        lab::run(&command, limit, inputs, &mut Standard)?
     };
-    let outcome = lab::run(&command, Duration::from_secs(limit), inputs, &mut Standard)?;
     if outcome.timed_out {
         return Ok(ExitCode::from(124));
     }

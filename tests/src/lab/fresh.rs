@@ -19,6 +19,10 @@ use super::{Home, LabError, at};
 /// Its number; those that are kept warm count from 0.
 const MACHINE: usize = 1000;
 
+/// QEMU's options for a machine whose clock counts instructions, one to the nanosecond: an idle machine
+/// goes straight to its next timer.
+pub const ICOUNT: [&str; 2] = ["-icount", "shift=0,sleep=off"];
+
 /// Time that it may take to boot: longer than others, since other options can make it slow.
 const BOOT: Duration = Duration::from_secs(300);
 

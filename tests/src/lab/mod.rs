@@ -39,7 +39,7 @@ use std::path::PathBuf;
 pub use client::{Outcome, Output, run};
 pub use feed::Inputs;
 pub use frame::{Command, Exit};
-pub use fresh::run_fresh;
+pub use fresh::{ICOUNT, run_fresh};
 pub use home::{Home, image_cache};
 
 /// Set in the environment of commands that run in the lab.

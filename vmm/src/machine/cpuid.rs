@@ -15,9 +15,9 @@ const HTT: u32 = 1 << 28;
 const SVM: u32 = 1 << 2;
 const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 
-/// Levels of the extended topology leaves (SDM vol. 2A, CPUID leaf 0xb).
 /// Flexible return and event delivery: what we know of system call entries would not hold.
 const FRED: u32 = 1 << 17;
+/// Levels of the extended topology leaves (SDM vol. 2A, CPUID leaf 0xb).
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
