@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 
 use super::check::Check;
 use super::hook::{Hook, Lead, Means};
-use super::knowledge::{Function, linked};
+use super::function::Function;
 use super::placing::NewPlace;
 use super::report::{Applied, Bytes, Collected, Evidence, Kind, Origin};
 use super::retire::{Content, Leaving};
@@ -23,7 +23,7 @@ use super::trap::{TrapHandler, TrapSite};
 use super::writing::change;
 use super::{EntryId, PatchError, Patcher};
 use crate::arena::Slot;
-use crate::guest::{Activity, Gva, LinkAddr, StoppedGuest, Vcpu};
+use crate::guest::{Activity, Gva, StoppedGuest, Vcpu};
 use crate::probe::{Displaced, OPEN, aside, displace, spin};
 use crate::space::Located;
 use crate::symbols::Site;
@@ -100,7 +100,6 @@ impl Spins {
 
 /// An instruction that can be run elsewhere.
 struct One {
-    link: LinkAddr,
     at: Gva,
     displaced: Displaced,
     before: u8,
@@ -121,21 +120,22 @@ impl Patcher {
     ) -> Result<Breakpoint, PatchError> {
         let found = self.identify(guest)?;
         let check = self.check(&found, guest);
-        let site = &request.site;
-        let link = linked(site, site.resolve(self.know.kernel.symbols())?, found.slide)?;
-        let function = self.know.allowed(link, 1, site)?;
         check.idle()?;
-        let asked = if request.soft { None } else { Some(link) };
-        if let Some(shared) = asked.and_then(|link| self.shared(link.at(found.slide))) {
+        let site = &request.site;
+        let link = site.resolve(self.know.kernel.symbols())?;
+        let at = check.address(site, link)?;
+        let function = check.function(at, 1, site)?;
+        let asked = if request.soft { None } else { Some(at) };
+        if let Some(shared) = asked.and_then(|at| self.shared(at)) {
             return Ok(shared);
         }
-        let one = one_instruction(&check, &function, link)?;
+        let one = one_instruction(&check, &function, at)?;
         if let Some(shared) = asked.and_then(|_| self.shared(one.at)) {
             return Ok(shared);
         }
         let len = one.displaced.len as u64;
         let behind = one.at.offset(len);
-        let ftrace = check.owners(&self.ledger, function.start, one.link, len)?;
+        let ftrace = check.owners(&self.ledger, Some(&function), one.at, len)?;
         let evidence = check.nobody_inside(&(one.at..behind), true)?;
         let (id, trap) = self.trap(guest, &found, origin)?;
         let (code, begins) = aside(&one.displaced, one.at, request.soft);
@@ -145,7 +145,8 @@ impl Patcher {
         let hook = Hook {
             kind: Kind::Breakpoint,
             site: request.site.to_string(),
-            place: function.place(one.link),
+            place: function.place(one.at),
+            module: function.module,
             evidence,
             lead: Lead {
                 at: one.at,
@@ -197,7 +198,7 @@ impl Patcher {
             return Err(error.into());
         }
         let id = self.ledger.next();
-        let place = function.place(at.linked(found.slide));
+        let place = function.place(at);
         let entry = Applied {
             id,
             kind: Kind::Breakpoint,
@@ -209,6 +210,7 @@ impl Patcher {
             evidence: Evidence::SingleInstruction,
             ftrace: None,
             code: Some(placed),
+            module: function.module.map(|text| text.name().to_owned()),
             origin: origin.clone(),
         };
         self.spins.0.insert(id, (entry, content));
@@ -331,7 +333,8 @@ impl Patcher {
         change(guest, found.root, None, handler.at, &after)?;
         let id = self.ledger.next();
         let link = handler.at.linked(found.slide);
-        let place = self.know.function(link).map(|f| f.place(link));
+        let place = self.know.function(link, found.slide);
+        let place = place.map(|function| function.place(handler.at));
         self.ledger.add(Applied {
             id,
             kind: Kind::Trap,
@@ -343,6 +346,7 @@ impl Patcher {
             evidence,
             ftrace: None,
             code: None,
+            module: None,
             origin: origin.clone(),
         });
         self.trap = Some((id, handler));
@@ -394,27 +398,25 @@ impl Patcher {
     }
 }
 
-/// The instruction at `link`, or, at the start of a function, the one behind the landing place of
+/// The instruction at `asked`, or, at the start of a function, the one behind the landing place of
 /// indirect calls.
 fn one_instruction(
     check: &Check<'_>,
     function: &Function,
-    link: LinkAddr,
+    asked: Gva,
 ) -> Result<One, PatchError> {
-    let slide = check.located.slide;
-    let start = function.start.at(slide);
-    let code = check.code(function, link.offset(2 * MAX_INSTRUCTION as u64))?;
-    let from = match usize::try_from(link.distance_from(function.start)).unwrap_or(usize::MAX) {
+    let start = function.start;
+    let code = check.code(function, asked.offset(2 * MAX_INSTRUCTION as u64))?;
+    let from = match usize::try_from(asked.distance_from(start)).unwrap_or(usize::MAX) {
         0 => match entry_site(start, &code) {
             EntrySite::Nop(offset) | EntrySite::Other(offset) => offset,
         },
         asked => asked,
     };
-    let link = function.start.offset(from as u64);
+    let at = start.offset(from as u64);
     let here = code.get(from..).unwrap_or_default();
     let len = instruction_len(here).and_then(|len| usize::try_from(len).ok());
     boundaries(start, &code, from, len.unwrap_or(1))?;
-    let at = link.at(slide);
     // Its breakpoint would be taken for the instruction.
     check.no_kprobe(&(at..at.offset(1)))?;
     let displaced = displace(at, here, 1)?;
@@ -422,11 +424,10 @@ fn one_instruction(
         return Err(PatchError::Request(format!(
             "{} ends within the instruction at {}",
             function.name,
-            function.place(link)
+            function.place(at)
         )));
     }
     Ok(One {
-        link,
         at,
         displaced,
         before: here.first().copied().unwrap_or_default(),
@@ -453,12 +454,8 @@ fn may_wait(check: &Check<'_>, index: u32) -> Result<(Gva, Function), PatchError
     if vcpu.registers.rflags & INTERRUPTS == 0 || vcpu.reinjects {
         return Err(refused(format!("at {at} it takes no interrupt")));
     }
-    let link = at.linked(check.located.slide);
-    let know = check.know;
-    let allowed = know.regions.check(&know.kernel, link, 1, &at);
-    allowed.map_err(|error| refused(error.to_string()))?;
-    let function = know.function(link);
+    let function = check.function(at, 1, &at);
     function
         .map(|function| (at, function))
-        .ok_or_else(|| refused(format!("{at} is in no function")))
+        .map_err(|error| refused(error.to_string()))
 }

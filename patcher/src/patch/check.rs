@@ -4,12 +4,14 @@ use std::ops::Range;
 
 use super::PatchError;
 use super::breakpoint::Spins;
-use super::knowledge::{Function, Knowledge};
+use super::function::Function;
+use super::knowledge::Knowledge;
 use super::ledger::Ledger;
+use super::module_text::ModuleTexts;
 use super::report::{Applied, Evidence, FtraceMark, Kind};
 use super::retire::Retirement;
 use crate::grace::interior;
-use crate::guest::{Activity, Gva, LinkAddr, StoppedGuest, Vcpu};
+use crate::guest::{Activity, Gva, StoppedGuest, Vcpu};
 use crate::rules::{self, Rule};
 use crate::space::Located;
 use crate::tasks::{Context, Found, Hit, Windows, scan};
@@ -26,6 +28,7 @@ pub(super) struct Check<'a> {
     pub(super) ledger: &'a Ledger,
     pub(super) retired: &'a Retirement,
     pub(super) spins: &'a Spins,
+    pub(super) modules: &'a ModuleTexts,
 }
 
 impl Check<'_> {
@@ -38,36 +41,34 @@ impl Check<'_> {
         }
     }
 
-    /// Nobody uses `len` bytes at `at` who would mind: no change of ours, no jump label or static
-    /// call, and no kprobe from `from` on. Tells how ftrace has to be kept away.
+    /// Nobody uses `len` bytes at `at` of `function` who would mind: no change of ours, no jump label or
+    /// static call, and no kprobe from the start of the function on. Tells how ftrace has to be kept
+    /// away.
     pub(super) fn owners(
         &self,
         ledger: &Ledger,
-        from: LinkAddr,
-        at: LinkAddr,
+        function: Option<&Function>,
+        at: Gva,
         len: u64,
     ) -> Result<Option<FtraceMark>, PatchError> {
-        let slide = self.located.slide;
-        let owned = |at: LinkAddr, owner: String| PatchError::Owned {
-            at: at.at(slide),
-            owner,
-        };
-        if let Some(id) = ledger.overlap(at.at(slide), len) {
+        let owned = |at: Gva, owner: String| PatchError::Owned { at, owner };
+        if let Some(id) = ledger.overlap(at, len) {
             return Err(owned(at, format!("change {id}; revert that first")));
         }
-        if let Some((site, rewriter)) = self.know.rewritten.overlap(&self.know.kernel, at, len) {
+        if let Some((site, rewriter)) = self.rewritten(function, at, len) {
             return Err(owned(site, rewriter.to_string()));
         }
-        self.no_kprobe(&(from.at(slide)..at.offset(len).at(slide)))?;
+        let from = function.map_or(at, |function| function.start);
+        self.no_kprobe(&(from..at.offset(len)))?;
         let space = self.located.space(&self.guest);
         let Some(ftrace) = &self.know.ftrace else {
             return Ok(None);
         };
         // A record is about five bytes: one that begins just before them counts as well.
         let reach = NOP5.len() as u64 - 1;
-        let first = LinkAddr(at.0.saturating_sub(reach)).max(from);
+        let first = Gva(at.0.saturating_sub(reach)).max(from);
         let whole = len + at.distance_from(first);
-        let Some(record) = ftrace.find(&space, self.located, first.at(slide), whole)? else {
+        let Some(record) = ftrace.find(&space, self.located, first, whole)? else {
             return Ok(None);
         };
         if record.in_use {
@@ -117,11 +118,10 @@ impl Check<'_> {
 
     /// The bytes from the start of `function` to beyond `end`: where jumps and traps of ours are, the
     /// instructions that they took the place of, without which those behind them cannot be told.
-    pub(super) fn code(&self, function: &Function, end: LinkAddr) -> Result<Vec<u8>, PatchError> {
-        let slide = self.located.slide;
+    pub(super) fn code(&self, function: &Function, end: Gva) -> Result<Vec<u8>, PatchError> {
         let space = self.located.space(&self.guest);
-        let start = function.start.at(slide);
-        let len = end.distance_from(function.start);
+        let start = function.start;
+        let len = end.distance_from(start);
         if len > MAX_FUNCTION {
             return Err(PatchError::Request(format!(
                 "{} is {len:#x} bytes long, too long to be decoded",
@@ -151,11 +151,10 @@ impl Check<'_> {
         new: &[u8],
     ) -> Result<(), PatchError> {
         let begins = whole(bytes.start, new)?;
-        for part in self.know.parts(function) {
+        for part in self.know.parts(function, self.located.slide) {
             let end = part.start.offset(part.size.min(MAX_FUNCTION));
             let code = self.code(&part, end)?;
-            let start = part.start.at(self.located.slide);
-            for (from, to) in branches_into(start, &code, bytes) {
+            for (from, to) in branches_into(part.start, &code, bytes) {
                 let offset = usize::try_from(to.distance_from(bytes.start)).unwrap_or(0);
                 if offset != 0 && !begins.contains(&offset) {
                     return Err(PatchError::JumpInside { from, to });

@@ -1,6 +1,9 @@
 //! Putting a jump to new code into a site, or a trap: what redirects, probes and breakpoints have in
 //! common.
 
+use std::sync::Arc;
+
+use super::module_text::ModuleText;
 use super::placing::{NewPlace, Placing, give_back};
 use super::report::{Applied, Bytes, Evidence, FtraceMark, Kind, Origin, PlacedCode};
 use super::retire::{Content, Leaving};
@@ -60,6 +63,8 @@ pub(super) struct Hook<'a> {
     pub(super) site: String,
     /// Function and offset of the jump.
     pub(super) place: String,
+    /// The module that it is in.
+    pub(super) module: Option<Arc<ModuleText>>,
     pub(super) evidence: Evidence,
     pub(super) lead: Lead<'a>,
 }
@@ -139,10 +144,11 @@ impl Patcher {
             evidence: hook.evidence,
             ftrace,
             code: Some(led.placed),
+            module: hook.module.as_ref().map(|text| text.name().to_owned()),
             origin: origin.clone(),
         };
         self.contents.insert(id, led.content);
-        self.ledger.add(entry.clone());
+        self.add(entry.clone(), hook.module);
         Ok(entry)
     }
 

@@ -2,17 +2,16 @@
 
 use std::sync::Arc;
 
-use super::PatchError;
 use super::code::Resolved;
 use crate::Kernel;
 use crate::arena::ArenaLayout;
-use crate::guest::{LinkAddr, Slide};
+use crate::guest::LinkAddr;
 use crate::patch::code::ReturnSites;
 use crate::space::{Landmarks, LayoutError, Located, Space};
 use crate::stack::StackLayout;
-use crate::symbols::{ModulesLayout, Site};
+use crate::symbols::ModulesLayout;
 use crate::tasks::{SurveyLayout, TaskLayout};
-use crate::text::{BusyLayout, FtraceLayout, KprobesLayout, Regions, Rewritten};
+use crate::text::{BusyLayout, FtraceLayout, KprobesLayout, ModuleTables, Regions, Rewritten};
 use crate::types::Field;
 
 /// Return sites that are looked at to learn what the boot made of them.
@@ -31,6 +30,7 @@ pub(super) struct Knowledge {
     pub(super) stack: Result<StackLayout, LayoutError>,
     /// `None` for a kernel that has no modules.
     pub(super) modules: Option<ModulesLayout>,
+    pub(super) module_tables: ModuleTables,
     pub(super) regions: Regions,
     pub(super) busy: BusyLayout,
     pub(super) rewritten: Rewritten,
@@ -52,6 +52,7 @@ impl Knowledge {
             survey: SurveyLayout::of(&kernel),
             stack: StackLayout::of(&kernel),
             modules: ModulesLayout::of(&kernel)?,
+            module_tables: ModuleTables::of(&kernel),
             busy: BusyLayout::of(&kernel)?,
             rewritten: Rewritten::of(&kernel)?,
             ftrace: FtraceLayout::of(&kernel)?,
@@ -62,46 +63,6 @@ impl Knowledge {
             regions,
             kernel,
         })
-    }
-
-    /// The function that `link` is in, when `len` bytes of its text may be changed there.
-    pub(super) fn allowed(
-        &self,
-        link: LinkAddr,
-        len: u64,
-        site: &Site,
-    ) -> Result<Function, PatchError> {
-        self.regions.check(&self.kernel, link, len, site)?;
-        self.function(link).ok_or_else(|| {
-            PatchError::Request(format!(
-                "{site} is in no function, so its instructions are not known"
-            ))
-        })
-    }
-
-    /// Function and offset of a link address, and where the function begins and how long it is.
-    pub(super) fn function(&self, at: LinkAddr) -> Option<Function> {
-        let place = self.kernel.symbols().function_at(at)?;
-        Some(Function {
-            name: place.symbol.name(),
-            start: place.symbol.address()?,
-            size: place.size,
-        })
-    }
-
-    /// The function, and its `.cold` part.
-    pub(super) fn parts(&self, function: &Function) -> Vec<Function> {
-        let mut parts = vec![function.clone()];
-        let cold = format!("{}.cold", function.name);
-        let symbols = self.kernel.symbols();
-        parts.extend(symbols.named(&cold).filter_map(|symbol| {
-            Some(Function {
-                name: cold.clone(),
-                start: symbol.address()?,
-                size: symbol.size()?,
-            })
-        }));
-        parts
     }
 
     /// Where the kernel has a symbol that an object refers to.
@@ -153,36 +114,6 @@ fn switches(kernel: &Kernel) -> Option<Field> {
     let sleeping_locks = kernel.banner().text.contains("PREEMPT_RT");
     let field = kernel.types().field("task_struct", "nvcsw").ok()?;
     (!sleeping_locks).then_some(field)
-}
-
-/// A function of the kernel.
-#[derive(Clone, Debug)]
-pub(super) struct Function {
-    pub(super) name: String,
-    pub(super) start: LinkAddr,
-    pub(super) size: u64,
-}
-
-/// Where `site` is linked: what its name has said, or by its run-time address.
-pub(super) fn linked(
-    site: &Site,
-    by_name: Option<LinkAddr>,
-    slide: Slide,
-) -> Result<LinkAddr, PatchError> {
-    match (by_name, site) {
-        (Some(link), _) => Ok(link),
-        (None, Site::Address(at)) => Ok(at.linked(slide)),
-        (None, site) => Err(PatchError::Request(format!("{site} has no address"))),
-    }
-}
-
-impl Function {
-    pub(super) fn place(&self, at: LinkAddr) -> String {
-        match at.distance_from(self.start) {
-            0 => self.name.clone(),
-            offset => format!("{}+{offset:#x}", self.name),
-        }
-    }
 }
 
 /// `.return_sites`: distances from each entry to its jump. The boot frees it, so it is taken from

@@ -57,16 +57,21 @@ impl Ledger {
         }
     }
 
+    /// The place of a change is gone.
+    pub(super) fn lose(&mut self, id: EntryId, why: &str) -> Option<Applied> {
+        let entry = self.applied.remove(&id)?;
+        let end = End::Void {
+            why: why.to_owned(),
+        };
+        self.close(entry.clone(), end);
+        Some(entry)
+    }
+
     /// The kernel is gone: nothing is in the guest any more.
     pub(super) fn void(&mut self, why: &str) -> Vec<Applied> {
-        let lost: Vec<_> = std::mem::take(&mut self.applied).into_values().collect();
-        for entry in &lost {
-            let end = End::Void {
-                why: why.to_owned(),
-            };
-            self.close(entry.clone(), end);
-        }
-        lost
+        let ids: Vec<_> = self.applied.keys().copied().collect();
+        let lost = ids.into_iter().filter_map(|id| self.lose(id, why));
+        lost.collect()
     }
 
     fn close(&mut self, entry: Applied, end: End) {

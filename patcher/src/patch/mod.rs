@@ -11,12 +11,14 @@ pub mod code;
 mod breakpoint;
 mod check;
 mod error;
+mod function;
 mod grace;
 mod hook;
 mod inspect;
 mod knowledge;
 mod ledger;
 mod look;
+mod module_text;
 mod patcher;
 mod placing;
 mod probe;
@@ -28,6 +30,7 @@ mod steps;
 mod text_patch;
 mod tracepoint;
 mod trap;
+mod unloaded;
 mod writing;
 
 pub use breakpoint::{Breakpoint, BreakpointRequest, Settled, Spinning};
@@ -50,3 +53,4 @@ pub use tracepoint::{
     Outcome, PreparedTracepoint, TracepointInfo, TracepointRequest, TracepointState, USUAL_PRIORITY,
 };
 pub use trap::{TRAP_PORT, TrapHandler};
+pub use unloaded::Unloaded;

@@ -8,6 +8,7 @@ use super::check::Check;
 use super::hook::{Hook, Lead, Means};
 use super::knowledge::Knowledge;
 use super::ledger::Ledger;
+use super::module_text::ModuleTexts;
 use super::probe::ProbeSites;
 use super::redirect::{PreparedRedirect, RedirectRequest};
 use super::report::{
@@ -17,6 +18,7 @@ use super::retire::{Content, Leaving, Retirement};
 use super::text_patch::{PreparedText, TextRequest};
 use super::tracepoint::Tracepoints;
 use super::trap::TrapHandler;
+use super::unloaded::InModules;
 use super::writing::{change, is_there, may_go, unmark};
 use super::{EntryId, PatchError};
 use crate::Kernel;
@@ -51,6 +53,9 @@ pub struct Patcher {
     pub(super) trap: Option<(EntryId, TrapHandler)>,
     /// Loops in which a vCPU is held.
     pub(super) spins: Spins,
+    pub(super) modules: ModuleTexts,
+    /// Changes in modules, and what has become of them.
+    pub(super) in_modules: InModules,
 }
 
 impl Patcher {
@@ -70,6 +75,8 @@ impl Patcher {
             tracepoints: Tracepoints::new(),
             trap: None,
             spins: Spins::default(),
+            modules: ModuleTexts::default(),
+            in_modules: InModules::default(),
         })
     }
 
@@ -183,24 +190,27 @@ impl Patcher {
         let found = self.identify(guest)?;
         let ready = prepared.check(&self.check(&found, guest), &self.ledger)?;
         let request = &prepared.request;
-        let address = ready.link.at(found.slide);
+        let address = ready.at;
         change(guest, found.root, ready.ftrace, address, &request.write)?;
+        let module = ready.function.as_ref().and_then(|f| f.module.clone());
         let entry = Applied {
             id: self.ledger.next(),
             kind: Kind::Text,
             site: request.site.to_string(),
             place: ready
                 .function
-                .map_or_else(|| address.to_string(), |f| f.place(ready.link)),
+                .as_ref()
+                .map_or_else(|| address.to_string(), |f| f.place(address)),
             address,
             before: Bytes(request.expect.clone()),
             after: Bytes(request.write.clone()),
             evidence: ready.evidence,
             ftrace: ready.ftrace,
             code: None,
+            module: module.as_ref().map(|text| text.name().to_owned()),
             origin: origin.clone(),
         };
-        self.ledger.add(entry.clone());
+        self.add(entry.clone(), module);
         Ok(entry)
     }
 
@@ -231,9 +241,10 @@ impl Patcher {
             kind: Kind::Redirect,
             site: prepared.site.to_string(),
             place: ready.function.place(ready.nop),
+            module: ready.function.module,
             evidence: ready.evidence,
             lead: Lead {
-                at: ready.nop.at(found.slide),
+                at: ready.nop,
                 before: &NOP5,
                 ftrace: ready.ftrace,
                 code: &prepared.code,
@@ -304,15 +315,19 @@ impl Patcher {
         }
         changed?;
         self.ledger.revert(id, origin.clone());
-        if let Some(content) = self.contents.remove(&id) {
-            if let Some(placed) = &entry.code {
-                let leaving = Leaving::new(told, placed, content, origin.at_ms)
-                    .sleeps(entry.kind != Kind::Breakpoint);
-                let leaving = self.leave_site(id, leaving);
-                self.retired.add(leaving);
-            }
-        }
+        self.leave(&entry, told, origin);
         Ok((entry, evidence))
+    }
+
+    /// Nothing leads to the code of a change any more: it is retired, and told of by the number `told`.
+    pub(super) fn leave(&mut self, entry: &Applied, told: EntryId, origin: &Origin) {
+        let content = self.contents.remove(&entry.id);
+        if let (Some(content), Some(placed)) = (content, &entry.code) {
+            let leaving = Leaving::new(told, placed, content, origin.at_ms)
+                .sleeps(entry.kind != Kind::Breakpoint);
+            let leaving = self.leave_site(entry.id, leaving);
+            self.retired.add(leaving);
+        }
     }
 
     /// Frees retired code that nobody is in any more.
@@ -349,6 +364,7 @@ impl Patcher {
         let tracepoints = std::mem::take(&mut self.tracepoints);
         self.trap = None;
         self.spins.clear();
+        self.in_modules.clear();
         Forgotten {
             lost: self.ledger.void(why),
             tracepoints: tracepoints.into_keys().collect(),
@@ -384,6 +400,7 @@ impl Patcher {
             ledger: &self.ledger,
             retired: &self.retired,
             spins: &self.spins,
+            modules: &self.modules,
         }
     }
 
@@ -397,6 +414,7 @@ impl Patcher {
             (Some(found), Ok(located)) if **found == located => {
                 let found = found.clone();
                 if !self.is_overwritten(&found, guest) {
+                    self.notice_unloaded(guest, &found);
                     return Ok(found);
                 }
                 "another kernel of the same image is where the changed one was".to_owned()

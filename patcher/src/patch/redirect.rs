@@ -8,7 +8,8 @@
 use super::PatchError;
 use super::check::Check;
 use super::code::Code;
-use super::knowledge::{Function, Knowledge, linked};
+use super::function::Function;
+use super::knowledge::Knowledge;
 use super::ledger::Ledger;
 use super::report::{Evidence, FtraceMark};
 use crate::guest::{Gva, LinkAddr};
@@ -49,8 +50,8 @@ pub struct PreparedRedirect {
     pub(super) code: Code,
     /// Offset of the function to jump to.
     pub(super) entry: u64,
-    /// The function; unknown yet for a run-time address.
-    function: Option<Function>,
+    /// Where the function is linked; unknown yet for a run-time address or a module.
+    link: Option<LinkAddr>,
     wanted: Option<String>,
 }
 
@@ -59,17 +60,19 @@ pub(super) struct Ready {
     pub(super) function: Function,
     pub(super) entry: u64,
     /// Address of the nop.
-    pub(super) nop: LinkAddr,
+    pub(super) nop: Gva,
     pub(super) evidence: Evidence,
     pub(super) ftrace: Option<FtraceMark>,
 }
 
 impl PreparedRedirect {
     pub(super) fn new(know: &Knowledge, request: RedirectRequest) -> Result<Self, PatchError> {
-        let function = match request.site.resolve(know.kernel.symbols())? {
-            Some(link) => Some(start_of(know, &request.site, link)?),
-            None => None,
+        let link = request.site.resolve(know.kernel.symbols())?;
+        let allowed = |link: LinkAddr| {
+            let function = know.allowed(link, ENTRY, &request.site)?;
+            begins(function, Gva(link.0), &request.site)
         };
+        let function = link.map(allowed).transpose()?;
         let resolve = |name: &str| know.resolve(name);
         let (code, wanted) = match request.code {
             NewCode::Raw(bytes) => (Code::raw(&bytes)?, Some(String::new())),
@@ -83,24 +86,20 @@ impl PreparedRedirect {
             site: request.site,
             code,
             entry,
-            function,
+            link,
             wanted,
         })
     }
 
     pub(super) fn check(&self, check: &Check<'_>, ledger: &Ledger) -> Result<Ready, PatchError> {
-        let slide = check.located.slide;
-        let (function, entry) = match &self.function {
-            Some(function) => (function.clone(), self.entry),
-            None => {
-                let link = linked(&self.site, None, slide)?;
-                let function = start_of(check.know, &self.site, link)?;
-                let entry = self.code.entry(self.wanted.as_deref(), &function.name)?;
-                (function, entry)
-            }
-        };
         check.idle()?;
-        let start = function.start.at(slide);
+        let start = check.address(&self.site, self.link)?;
+        let function = check.function(start, ENTRY, &self.site)?;
+        let function = begins(function, start, &self.site)?;
+        let entry = match self.link {
+            Some(_) => self.entry,
+            None => self.code.entry(self.wanted.as_deref(), &function.name)?,
+        };
         let mut code = [0; MAX_INSTRUCTION];
         check.located.space(&check.guest).read(start, &mut code)?;
         if let Some(id) = ledger.overlap(start, ENTRY) {
@@ -110,23 +109,23 @@ impl PreparedRedirect {
             });
         }
         let nop = match entry_site(start, &code) {
-            EntrySite::Nop(offset) => function.start.offset(offset as u64),
+            EntrySite::Nop(offset) => start.offset(offset as u64),
             EntrySite::Other(offset) => {
                 let at = start.offset(offset as u64);
                 return Err(occupied_entry(at, code.get(offset..).unwrap_or_default()));
             }
         };
         let len = NOP5.len() as u64;
-        let ftrace = check.owners(ledger, function.start, nop, len)?;
+        let ftrace = check.owners(ledger, Some(&function), nop, len)?;
         if check.know.ftrace.is_some() && ftrace.is_none() {
             return Err(PatchError::Owned {
-                at: nop.at(slide),
+                at: nop,
                 owner: "somebody unknown: ftrace has no record of this entry, so it cannot be \
                         told to leave it alone"
                     .into(),
             });
         }
-        let bytes = nop.at(slide)..nop.offset(len).at(slide);
+        let bytes = nop..nop.offset(len);
         let evidence = check.nobody_inside(&bytes, true)?;
         Ok(Ready {
             function,
@@ -138,16 +137,14 @@ impl PreparedRedirect {
     }
 }
 
-/// The function that begins at `link`.
-fn start_of(know: &Knowledge, site: &Site, link: LinkAddr) -> Result<Function, PatchError> {
-    know.regions.check(&know.kernel, link, ENTRY, site)?;
-    know.function(link)
-        .filter(|function| function.start == link)
-        .ok_or_else(|| {
-            PatchError::Request(format!(
-                "{site} is not the start of a function; only whole functions can be redirected"
-            ))
-        })
+/// A function, when it begins at `start`.
+fn begins(function: Function, start: Gva, site: &Site) -> Result<Function, PatchError> {
+    match function.start == start {
+        true => Ok(function),
+        false => Err(PatchError::Request(format!(
+            "{site} is not the start of a function; only whole functions can be redirected"
+        ))),
+    }
 }
 
 /// Who may have put other bytes at an entry.

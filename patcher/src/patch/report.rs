@@ -129,6 +129,8 @@ pub struct Applied {
     pub ftrace: Option<FtraceMark>,
     /// Code in the arena, for a redirect.
     pub code: Option<PlacedCode>,
+    /// The module that the bytes are in; absent for the kernel itself.
+    pub module: Option<String>,
     /// Who did it, and when.
     pub origin: Origin,
 }
@@ -206,9 +208,9 @@ pub enum End {
         /// Who did it, and when.
         origin: Origin,
     },
-    /// The kernel that it was made to is gone.
+    /// The kernel, or the module, that it was made to is gone.
     Void {
-        /// What happened to the kernel.
+        /// What happened to it.
         why: String,
     },
 }

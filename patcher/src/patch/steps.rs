@@ -172,17 +172,14 @@ impl Patcher {
         found: &Located,
         changes: &[Applied],
     ) -> Vec<Range<Gva>> {
-        let slide = found.slide;
         let mut all = Vec::new();
+        let check = self.check(found, guest);
         for change in changes {
             let bytes = change.address..change.address.offset(change.after.0.len() as u64);
-            let function = self.know.function(change.address.linked(slide));
-            let parts = function.map_or_else(Vec::new, |function| self.know.parts(&function));
-            let parts = parts.iter().map(|part| {
-                let start = part.start.at(slide);
-                start..start.offset(part.size)
-            });
-            all.extend(parts);
+            let function = check.function_around(change.address);
+            let parts = function.map(|function| self.know.parts(&function, found.slide));
+            let parts = parts.iter().flatten();
+            all.extend(parts.map(|part| part.start..part.end()));
             let covers = |range: &Range<Gva>| range.start <= bytes.start && bytes.end <= range.end;
             if !all.iter().any(covers) {
                 all.push(bytes);
@@ -195,7 +192,6 @@ impl Patcher {
             let mut addresses = goes_on.iter();
             addresses.any(|at| all.iter().any(|range| range.contains(at)))
         };
-        let check = self.check(found, guest);
         let generated: Vec<_> = check
             .generated()
             .filter(|(_, goes_on)| leads_there(goes_on))

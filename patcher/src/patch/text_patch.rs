@@ -2,10 +2,11 @@
 
 use super::PatchError;
 use super::check::Check;
-use super::knowledge::{Function, Knowledge, linked};
+use super::function::Function;
+use super::knowledge::Knowledge;
 use super::ledger::Ledger;
 use super::report::{Evidence, FtraceMark};
-use crate::guest::{LinkAddr, Slide};
+use crate::guest::{Gva, LinkAddr};
 use crate::symbols::Site;
 use crate::text::{DecodeError, boundaries, whole};
 
@@ -29,13 +30,13 @@ pub struct TextRequest {
 #[derive(Clone, Debug)]
 pub struct PreparedText {
     pub(super) request: TextRequest,
-    /// Where it is linked; unknown yet for a run-time address.
+    /// Where it is linked; unknown yet for a run-time address or a module.
     link: Option<LinkAddr>,
 }
 
 /// Where bytes go, after the checks under the stop.
 pub(super) struct Ready {
-    pub(super) link: LinkAddr,
+    pub(super) at: Gva,
     pub(super) function: Option<Function>,
     pub(super) evidence: Evidence,
     pub(super) ftrace: Option<FtraceMark>,
@@ -63,41 +64,25 @@ impl PreparedText {
         let link = request.site.resolve(know.kernel.symbols())?;
         let prepared = Self { request, link };
         if let Some(link) = link {
-            prepared.check_place(know, link)?;
+            let site = &prepared.request.site;
+            know.regions.check(&know.kernel, link, len as u64, site)?;
         }
         if !prepared.request.force {
-            whole(crate::guest::Gva(0), &prepared.request.write)?;
+            whole(Gva(0), &prepared.request.write)?;
         }
         Ok(prepared)
     }
 
-    fn check_place(&self, know: &Knowledge, link: LinkAddr) -> Result<(), PatchError> {
-        let len = self.request.write.len() as u64;
-        Ok(know
-            .regions
-            .check(&know.kernel, link, len, &self.request.site)?)
-    }
-
-    fn link(&self, know: &Knowledge, slide: Slide) -> Result<LinkAddr, PatchError> {
-        let link = linked(&self.request.site, self.link, slide)?;
-        if self.link.is_none() {
-            self.check_place(know, link)?;
-        }
-        Ok(link)
-    }
-
     pub(super) fn check(&self, check: &Check<'_>, ledger: &Ledger) -> Result<Ready, PatchError> {
         let request = &self.request;
-        let link = self.link(check.know, check.located.slide)?;
-        let slide = check.located.slide;
-        let len = request.write.len();
-        let bytes = link.at(slide)..link.offset(len as u64).at(slide);
         check.idle()?;
-        let function = check.know.function(link);
-        let from = function.as_ref().map_or(link, |function| function.start);
-        let ftrace = check.owners(ledger, from, link, len as u64)?;
+        let at = check.address(&request.site, self.link)?;
+        let len = request.write.len();
+        let bytes = at..at.offset(len as u64);
+        let function = check.text(at, len as u64, &request.site)?;
+        let ftrace = check.owners(ledger, function.as_ref(), at, len as u64)?;
         check.expect(bytes.start, &request.expect)?;
-        let instructions = match self.instructions(check, link, function.as_ref()) {
+        let instructions = match self.instructions(check, at, function.as_ref()) {
             Ok(instructions) => instructions,
             // Forced: then anybody may be anywhere inside.
             Err(PatchError::Decode(_)) if request.force => 0,
@@ -109,7 +94,7 @@ impl PreparedText {
         }
         let evidence = check.nobody_inside(&bytes, one)?;
         Ok(Ready {
-            link,
+            at,
             function,
             evidence,
             ftrace,
@@ -120,21 +105,20 @@ impl PreparedText {
     fn instructions(
         &self,
         check: &Check<'_>,
-        link: LinkAddr,
+        at: Gva,
         function: Option<&Function>,
     ) -> Result<usize, PatchError> {
         let len = self.request.write.len();
-        let slide = check.located.slide;
         let Some(function) = function else {
             // Between functions there is only filler, of which any byte begins an instruction.
             return Err(DecodeError::NotCode {
-                at: link.at(slide),
+                at,
                 bytes: crate::text::hex(&self.request.expect),
             }
             .into());
         };
-        let code = check.code(function, link.offset(len as u64))?;
-        let from = usize::try_from(link.distance_from(function.start)).unwrap_or(usize::MAX);
-        Ok(boundaries(function.start.at(slide), &code, from, len)?.len())
+        let code = check.code(function, at.offset(len as u64))?;
+        let from = usize::try_from(at.distance_from(function.start)).unwrap_or(usize::MAX);
+        Ok(boundaries(function.start, &code, from, len)?.len())
     }
 }

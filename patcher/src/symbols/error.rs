@@ -96,14 +96,6 @@ pub enum SiteError {
         /// Its value.
         value: u64,
     },
-    /// The site is in a module, which the image does not know.
-    #[error("{name:?} is in module {module:?}, which the kernel image does not hold")]
-    InModule {
-        /// The module.
-        module: String,
-        /// The symbol.
-        name: String,
-    },
     /// No such module.
     #[error("no module {module:?} is loaded in the guest")]
     NoModule {

@@ -17,6 +17,76 @@ pub struct LoadedModule {
     pub symbols: ModuleSymbols,
 }
 
+impl LoadedModule {
+    /// The run-time address of a symbol of the module, `offset` bytes from its start.
+    ///
+    /// # Errors
+    /// [`SiteError`]: unknown, ambiguous, or beyond the end of the symbol.
+    pub fn resolve(
+        &self,
+        name: &str,
+        position: Option<u32>,
+        offset: u64,
+    ) -> Result<Gva, SiteError> {
+        let symbol = self.select(name, position)?;
+        let size = symbol_size(symbol, &self.module, &self.symbols).unwrap_or(0);
+        if offset != 0 && offset >= size {
+            return Err(SiteError::OutsideSymbol {
+                name: format!("{}:{name}", self.module.name),
+                offset,
+                size,
+            });
+        }
+        Ok(symbol.address().offset(offset))
+    }
+
+    /// The symbol of the module that covers `at`.
+    #[must_use]
+    pub fn place(&self, at: Gva) -> Option<PlaceInfo> {
+        let (symbol, _) = self.symbols.below(at)?;
+        let size = symbol_size(symbol, &self.module, &self.symbols)?;
+        let offset = at.distance_from(symbol.address());
+        (offset < size).then(|| PlaceInfo {
+            symbol: SymbolInfo {
+                size: Some(size),
+                ..module_symbol(symbol, &self.module)
+            },
+            offset,
+        })
+    }
+
+    fn select<'a>(
+        &'a self,
+        name: &'a str,
+        position: Option<u32>,
+    ) -> Result<ModuleSymbol<'a>, SiteError> {
+        let all: Vec<_> = self.symbols.named(name).collect();
+        let shown = || format!("{}:{name}", self.module.name);
+        match (&all[..], position) {
+            ([], _) => Err(SiteError::Unknown {
+                name: shown(),
+                near: Vec::new(),
+            }),
+            ([only], None) => Ok(*only),
+            (_, None) => Err(SiteError::Ambiguous {
+                name: shown(),
+                count: all.len(),
+            }),
+            (_, Some(position)) => {
+                let index = usize::try_from(position)
+                    .ok()
+                    .and_then(|p| p.checked_sub(1));
+                let found = index.and_then(|index| all.get(index));
+                found.copied().ok_or_else(|| SiteError::NoSuchPosition {
+                    name: shown(),
+                    position,
+                    count: all.len(),
+                })
+            }
+        }
+    }
+}
+
 /// What one stop told of symbols: where the kernel is, and its modules.
 #[derive(Debug)]
 pub struct Loaded {
@@ -133,7 +203,7 @@ impl<'a> GuestSymbols<'a> {
     pub fn at(&self, at: Gva) -> Option<PlaceInfo> {
         let containing = |loaded: &&LoadedModule| loaded.module.contains(at);
         if let Some(loaded) = self.loaded.modules.iter().find(containing) {
-            return module_place(loaded, at);
+            return loaded.place(at);
         }
         let place = self.kernel.at(at.linked(self.loaded.slide))?;
         let mut symbol = self.kernel_symbol(place.symbol);
@@ -172,16 +242,7 @@ impl<'a> GuestSymbols<'a> {
             .ok_or_else(|| SiteError::NoModule {
                 module: module.clone(),
             })?;
-        let symbol = select(loaded, name, position)?;
-        let size = symbol_size(symbol, &loaded.module, &loaded.symbols).unwrap_or(0);
-        if offset != 0 && offset >= size {
-            return Err(SiteError::OutsideSymbol {
-                name: format!("{module}:{name}"),
-                offset,
-                size,
-            });
-        }
-        Ok(symbol.address().offset(offset))
+        loaded.resolve(name, position, offset)
     }
 
     fn kernel_symbol(&self, symbol: Symbol<'_>) -> SymbolInfo {
@@ -192,37 +253,6 @@ impl<'a> GuestSymbols<'a> {
             size: symbol.size(),
             name: symbol.name(),
             module: None,
-        }
-    }
-}
-
-fn select<'a>(
-    loaded: &'a LoadedModule,
-    name: &'a str,
-    position: Option<u32>,
-) -> Result<ModuleSymbol<'a>, SiteError> {
-    let all: Vec<_> = loaded.symbols.named(name).collect();
-    let shown = || format!("{}:{name}", loaded.module.name);
-    match (&all[..], position) {
-        ([], _) => Err(SiteError::Unknown {
-            name: shown(),
-            near: Vec::new(),
-        }),
-        ([only], None) => Ok(*only),
-        (_, None) => Err(SiteError::Ambiguous {
-            name: shown(),
-            count: all.len(),
-        }),
-        (_, Some(position)) => {
-            let index = usize::try_from(position)
-                .ok()
-                .and_then(|p| p.checked_sub(1));
-            let found = index.and_then(|index| all.get(index));
-            found.copied().ok_or_else(|| SiteError::NoSuchPosition {
-                name: shown(),
-                position,
-                count: all.len(),
-            })
         }
     }
 }
@@ -249,19 +279,6 @@ fn symbol_size(symbol: ModuleSymbol<'_>, module: &Module, all: &ModuleSymbols) -
     let end = part.range().end;
     let end = next.map_or(end, |next| next.min(end));
     Some(end.distance_from(at))
-}
-
-fn module_place(loaded: &LoadedModule, at: Gva) -> Option<PlaceInfo> {
-    let (symbol, _) = loaded.symbols.below(at)?;
-    let size = symbol_size(symbol, &loaded.module, &loaded.symbols)?;
-    let offset = at.distance_from(symbol.address());
-    (offset < size).then(|| PlaceInfo {
-        symbol: SymbolInfo {
-            size: Some(size),
-            ..module_symbol(symbol, &loaded.module)
-        },
-        offset,
-    })
 }
 
 #[cfg(test)]

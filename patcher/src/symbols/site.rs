@@ -25,14 +25,14 @@ pub enum Site {
 }
 
 impl Site {
-    /// The link address in the kernel image of a site that names a symbol of the kernel; `None`
-    /// for [`Site::Address`], which is a run-time address already.
+    /// The link address in the kernel image of a site that names a symbol of the kernel; `None` for
+    /// what only a running guest tells: a run-time address, or a symbol of a module.
     ///
     /// # Errors
     /// [`SiteError`]: unknown, ambiguous, not in the image, or beyond the end of the symbol.
     pub fn resolve(&self, symbols: &Symbols) -> Result<Option<LinkAddr>, SiteError> {
         let Self::Symbol {
-            module,
+            module: None,
             name,
             position,
             offset,
@@ -40,12 +40,6 @@ impl Site {
         else {
             return Ok(None);
         };
-        if let Some(module) = module {
-            return Err(SiteError::InModule {
-                module: module.clone(),
-                name: name.clone(),
-            });
-        }
         let symbol = select(symbols, name, *position)?;
         let start = symbol.address().ok_or_else(|| SiteError::Absolute {
             name: name.clone(),

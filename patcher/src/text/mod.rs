@@ -9,6 +9,7 @@ mod busy;
 mod decode;
 mod ftrace;
 mod kprobes;
+mod module_sites;
 mod regions;
 mod survey;
 mod tables;
@@ -22,6 +23,7 @@ pub(crate) use decode::{
 };
 pub use ftrace::{FtraceError, FtraceLayout, FtraceRecord};
 pub use kprobes::KprobesLayout;
+pub use module_sites::{ModuleSites, ModuleTables};
 pub use regions::{RegionError, Regions};
 pub use survey::{FunctionVerdict, Survey, Surveyor};
 pub use tables::{Rewriter, Rewritten};

@@ -13,7 +13,7 @@ use crate::text::decode::{MAX_INSTRUCTION, instruction_len};
 /// Longest instruction that is switched: a conditional jump with a 32-bit displacement.
 const LONGEST: u64 = 6;
 /// Bytes of a distance.
-const DISTANCE: u64 = 4;
+pub(super) const DISTANCE: u64 = 4;
 /// More bytes than any kernel's tables have.
 const MAX_TABLE: u64 = 64 << 20;
 
@@ -104,7 +104,34 @@ const TABLES: [Table; 5] = [
 /// The places that a guest rewrites, by link address.
 #[derive(Clone, Debug, Default)]
 pub struct Rewritten {
-    sites: Vec<(LinkAddr, Rewriter)>,
+    sites: Vec<(u64, Rewriter)>,
+}
+
+/// The places that the entries of a table at `start` are about, each `entry` bytes long: each begins
+/// with the distance to its place.
+pub(super) fn places(start: u64, bytes: &[u8], entry: u64) -> impl Iterator<Item = u64> {
+    let len = usize::try_from(entry).unwrap_or(usize::MAX).max(1);
+    let entries = (0..).zip(bytes.chunks_exact(len));
+    entries.filter_map(move |(index, raw): (u64, &[u8])| {
+        let distance = i32::from_le_bytes(*raw.first_chunk()?);
+        let at = start.wrapping_add(index.wrapping_mul(entry));
+        Some(at.wrapping_add_signed(distance.into()))
+    })
+}
+
+/// The first of sorted `sites` that `len` bytes at `at` overlap, where `size` tells how long its
+/// instruction is.
+pub(super) fn first_overlap(
+    sites: &[(u64, Rewriter)],
+    at: u64,
+    len: u64,
+    size: impl Fn(u64) -> Option<u64>,
+) -> Option<(u64, Rewriter)> {
+    let from = at.saturating_sub(LONGEST - 1);
+    let first = sites.partition_point(|&(site, _)| site < from);
+    let near = sites.get(first..)?.iter().copied();
+    near.take_while(|&(site, _)| site < at.saturating_add(len))
+        .find(|&(site, _)| site.saturating_add(size(site).unwrap_or(LONGEST)) > at)
 }
 
 impl Rewritten {
@@ -116,7 +143,7 @@ impl Rewritten {
         let single = ["ftrace_call", "ftrace_regs_call", "ftrace_graph_call"];
         let mut sites: Vec<_> = single
             .into_iter()
-            .filter_map(|name| Some((optional(kernel.symbols(), name)?, Rewriter::Ftrace)))
+            .filter_map(|name| Some((optional(kernel.symbols(), name)?.0, Rewriter::Ftrace)))
             .collect();
         for table in TABLES {
             let Some(range) = optional_range(kernel, table.start, table.end) else {
@@ -132,17 +159,11 @@ impl Rewritten {
                 Some(entry) => kernel.types().size_of(entry)?,
                 None => DISTANCE,
             };
-            let step = usize::try_from(size).map_err(|_| unknown())?;
-            if step < 4 {
+            if size < DISTANCE {
                 return Err(unknown());
             }
-            for (index, entry) in bytes.chunks_exact(step).enumerate() {
-                let at = range.start.offset(index as u64 * size);
-                if let Some(raw) = entry.first_chunk() {
-                    let distance = i32::from_le_bytes(*raw);
-                    sites.push((at.displace(distance.into()), table.rewriter));
-                }
-            }
+            let at = places(range.start.0, bytes, size);
+            sites.extend(at.map(|at| (at, table.rewriter)));
         }
         sites.sort_by_key(|&(at, _)| at);
         Ok(Self { sites })
@@ -152,18 +173,12 @@ impl Rewritten {
     /// kernel's file tells: switching does not change that.
     #[must_use]
     pub fn overlap(&self, kernel: &Kernel, at: LinkAddr, len: u64) -> Option<(LinkAddr, Rewriter)> {
-        let from = LinkAddr(at.0.saturating_sub(LONGEST - 1));
-        let first = self.sites.partition_point(|&(site, _)| site < from);
-        self.sites
-            .get(first..)?
-            .iter()
-            .copied()
-            .take_while(|&(site, _)| site.0 < at.0.saturating_add(len))
-            .find(|&(site, _)| {
-                let bytes = kernel.image().read(site, MAX_INSTRUCTION);
-                let size = bytes.map_or(LONGEST, |bytes| instruction_len(bytes).unwrap_or(LONGEST));
-                site.0.saturating_add(size) > at.0
-            })
+        let size = |site: u64| {
+            let bytes = kernel.image().read(LinkAddr(site), MAX_INSTRUCTION);
+            bytes.and_then(instruction_len)
+        };
+        let (site, rewriter) = first_overlap(&self.sites, at.0, len, size)?;
+        Some((LinkAddr(site), rewriter))
     }
 
     /// How many there are.

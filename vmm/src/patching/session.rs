@@ -227,8 +227,7 @@ impl Patching {
             let tried = {
                 let mut state = self.lock();
                 let patcher = self.current(&mut state, kernel.clone())?;
-                self.machine
-                    .with_stopped(left.max(FIRST_PAUSE), |guest| work(patcher, guest))
+                self.stop_and(patcher, left.max(FIRST_PAUSE), &mut work)
             };
             let (result, times) = match (tried, &in_the_way) {
                 (Ok(tried), _) => tried,
@@ -248,9 +247,6 @@ impl Patching {
                 Ok(answer) => return Ok(WithStop { answer, stop }),
                 Err(error) => error,
             };
-            if let PatchError::Gone { why, lost } = &error {
-                self.announce_gone(why, lost.iter().map(|id| id.0).collect());
-            }
             if !error.passes() {
                 return Err(refusal(&error).and(&stop.told()));
             }
@@ -278,6 +274,25 @@ impl Patching {
             pause = (pause * 2).min(longest);
             in_the_way = Some(error);
         }
+    }
+
+    /// Works with the patcher on the stopped guest, and tells clients what was found to be gone.
+    fn stop_and<R>(
+        &self,
+        patcher: &mut Patcher,
+        within: Duration,
+        work: impl FnOnce(&mut Patcher, &mut dyn StoppedGuest) -> Result<R, PatchError>,
+    ) -> Result<(Result<R, PatchError>, StopTimes), StopError> {
+        let done = self
+            .machine
+            .with_stopped(within, |guest| work(patcher, guest));
+        for unloaded in patcher.take_unloaded() {
+            self.announce_lost(&unloaded.why, &unloaded.changes);
+        }
+        if let Ok((Err(PatchError::Gone { why, lost }), _)) = &done {
+            self.announce_gone(why, lost);
+        }
+        done
     }
 
     /// Looks at what is in the guest while it runs.
@@ -311,15 +326,11 @@ impl Patching {
                     return Err(StopError::Ended.into());
                 }
                 let patcher = self.current(&mut state, kernel.clone())?;
-                self.machine
-                    .with_stopped(LOOK_DEADLINE, |guest| work(patcher, guest))
+                self.stop_and(patcher, LOOK_DEADLINE, &mut work)
             };
             let stalled = match tried {
                 Ok((Ok(answer), _)) => return Ok(answer),
                 Ok((Err(error), times)) => {
-                    if let PatchError::Gone { why, lost } = &error {
-                        self.announce_gone(why, lost.iter().map(|id| id.0).collect());
-                    }
                     if !error.passes() {
                         return Err(refusal(&error));
                     }
@@ -363,7 +374,7 @@ impl Patching {
         let why = "the machine was reset";
         let lost = patcher.forget(why).ids();
         if !lost.is_empty() {
-            self.announce_gone(why, lost.iter().map(|id| id.0).collect());
+            self.announce_gone(why, &lost);
         }
     }
 
@@ -393,7 +404,7 @@ impl Patching {
         if !collect && !patcher.has_applied() {
             return LOOK_EVERY;
         }
-        let looked = self.machine.with_stopped(LOOK_DEADLINE, |guest| {
+        let looked = self.stop_and(patcher, LOOK_DEADLINE, |patcher, guest| {
             if let Some(id) = ready {
                 // What the guest refused is not there, as nobody waits for it.
                 let _ = patcher.finish_tracepoint(guest, id, &ourselves());
@@ -406,17 +417,11 @@ impl Patching {
         });
         let again = patcher.has_to_collect();
         drop(guard);
-        match looked {
-            Ok((Ok(collected), times)) => {
-                self.announce_freed(&collected);
-                if again {
-                    return (times.stalled * RUN_PER_STOP).clamp(LOOK_SOONEST, LOOK_EVERY);
-                }
+        if let Ok((Ok(collected), times)) = looked {
+            self.announce_freed(&collected);
+            if again {
+                return (times.stalled * RUN_PER_STOP).clamp(LOOK_SOONEST, LOOK_EVERY);
             }
-            Ok((Err(PatchError::Gone { why, lost }), _)) => {
-                self.announce_gone(&why, lost.iter().map(|id| id.0).collect());
-            }
-            _ => {}
         }
         LOOK_EVERY
     }
@@ -449,19 +454,23 @@ impl Patching {
 
     fn announce_freed(&self, collected: &Collected) {
         if !collected.freed.is_empty() {
-            self.machine.announce(&Event::Own {
-                name: "TRAMPOLINE_FREED",
-                data: serde_json::json!({ "changes": collected.freed }),
-            });
+            self.tell(
+                "TRAMPOLINE_FREED",
+                serde_json::json!({ "changes": collected.freed }),
+            );
         }
     }
 
-    fn announce_gone(&self, why: &str, changes: Vec<u64>) {
+    fn announce_gone(&self, why: &str, changes: &[EntryId]) {
         self.machine.breakpoints_gone();
-        self.machine.announce(&Event::Own {
-            name: "PATCHES_GONE",
-            data: serde_json::json!({ "reason": why, "changes": changes }),
-        });
+        self.announce_lost(why, changes);
+    }
+
+    fn announce_lost(&self, why: &str, changes: &[EntryId]) {
+        self.tell(
+            "PATCHES_GONE",
+            serde_json::json!({ "reason": why, "changes": changes }),
+        );
     }
 }
 

@@ -13,7 +13,6 @@ mod site;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::hook::{Hook, Lead, Means};
-use super::knowledge::linked;
 use super::report::{Applied, Evidence, Kind, Origin, PlacedCode, Reverted};
 use super::retire::{Content, Leaving};
 use super::writing::{may_go, still_ours};
@@ -29,7 +28,7 @@ pub use report::{
 };
 pub use request::{PreparedProbe, ProbeRequest};
 pub use returning::ReturnError;
-use site::{allowed, nothing_leads_inside, place};
+use site::{JUMP, nothing_leads_inside, place};
 
 /// The probes of one site, in the order in which they act.
 #[derive(Debug)]
@@ -122,23 +121,19 @@ impl Patcher {
         origin: &Origin,
     ) -> Result<NewProbe, PatchError> {
         let check = self.check(found, guest);
-        let link = linked(&prepared.site, prepared.link, found.slide)?;
-        let function = allowed(&self.know, link, &prepared.site)?;
-        let place = place(&check, &function, link)?;
-        let returning = prepared.returning_from(&self.know, &function, &place)?;
-        let at = place.link.at(found.slide);
+        let asked = check.address(&prepared.site, prepared.link)?;
+        let function = check.function(asked, JUMP as u64, &prepared.site)?;
+        let place = place(&check, &function, asked)?;
+        let returning = prepared.returning_from(&check, &function, &place)?;
+        let at = place.at;
         let here = |site: &&EntryId| self.sites.get(site).is_some_and(|site| site.at == at);
         if let Some(&id) = self.sites.keys().find(here) {
             return self.attach_more(guest, found, id, (prepared, returning), origin);
         }
-        let (displaced, before) = place.instructions(&function, at)?;
+        let (displaced, before) = place.instructions(&function)?;
         let back = at.offset(displaced.len as u64);
-        let ftrace = check.owners(
-            &self.ledger,
-            function.start,
-            place.link,
-            displaced.len as u64,
-        )?;
+        let len = displaced.len as u64;
+        let ftrace = check.owners(&self.ledger, Some(&function), at, len)?;
         let one = displaced.instructions == 1;
         if !one {
             nothing_leads_inside(&check, &function, &(at..back))?;
@@ -160,7 +155,8 @@ impl Patcher {
         let hook = Hook {
             kind: Kind::Probe,
             site: prepared.site.to_string(),
-            place: function.place(place.link),
+            place: function.place(at),
+            module: function.module,
             evidence,
             lead: Lead {
                 at,
@@ -304,6 +300,13 @@ impl Patcher {
             probes,
             collected: self.collect_in(guest, &found),
         })
+    }
+
+    /// The probes that are in a change.
+    pub(super) fn probes_of(&self, change: EntryId) -> Vec<EntryId> {
+        let site = self.sites.get(&change);
+        let attached = site.map(|site| site.attached.iter());
+        attached.into_iter().flatten().map(|probe| probe.id).collect()
     }
 
     /// The change that a probe is in, and which of its site's probes it is.

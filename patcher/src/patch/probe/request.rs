@@ -52,7 +52,7 @@ impl ProbeRequest {
 #[derive(Clone, Debug)]
 pub struct PreparedProbe {
     pub(super) site: Site,
-    /// Where it is linked; unknown yet for a run-time address.
+    /// Where it is linked; unknown yet for a run-time address or a module.
     pub(super) link: Option<LinkAddr>,
     pub(super) callback: Prepared,
     pub(super) value: u64,
@@ -61,7 +61,7 @@ pub struct PreparedProbe {
     pub(super) only_if: Option<Predicate>,
     pub(super) only_if_called: Option<Predicate>,
     pub(super) stack_words: Option<u32>,
-    /// What is known of the function's return; nothing yet at a run-time address.
+    /// What is known of the function's return; nothing yet where `link` is unknown.
     pub(super) returning: Option<Returning>,
     pub(super) variables: Option<Variables>,
 }
@@ -79,7 +79,7 @@ impl Patcher {
         if let Some(link) = link {
             let function = allowed(&self.know, link, &request.site)?;
             if when == When::Returned {
-                known = Some(returning(&self.know, &function, request.stack_words)?);
+                known = Some(returning(&self.know, &function, None, request.stack_words)?);
             }
         }
         let told = request.only_if_called.is_some() || request.stack_words.is_some();

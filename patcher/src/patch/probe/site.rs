@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use super::super::PatchError;
 use super::super::check::Check;
-use super::super::knowledge::{Function, Knowledge};
+use super::super::function::Function;
+use super::super::knowledge::Knowledge;
 use crate::guest::{Gva, LinkAddr};
 use crate::probe::{Displaced, displace};
 use crate::symbols::Site;
@@ -13,7 +14,7 @@ use crate::text::{EntrySite, MAX_INSTRUCTION, NOP5, boundaries, entry_site, indi
 /// Bytes of a jump.
 pub(super) const JUMP: usize = NOP5.len();
 
-/// The function that `link` is in, when a jump may be put there.
+/// The function that `link` is in, when a jump may be put there, as its file has it.
 pub(super) fn allowed(
     know: &Knowledge,
     link: LinkAddr,
@@ -24,7 +25,7 @@ pub(super) fn allowed(
 
 /// The place of a jump.
 pub(super) struct Place {
-    pub(super) link: LinkAddr,
+    pub(super) at: Gva,
     /// It is where the kernel's own tracer would be.
     pub(super) entry: bool,
     /// Bytes from the start of the function.
@@ -33,23 +34,23 @@ pub(super) struct Place {
     code: Vec<u8>,
 }
 
-/// Where a jump for `link` really goes: at the start of a function behind the landing place of
+/// Where a jump for `asked` really goes: at the start of a function behind the landing place of
 /// indirect calls, where the tracer's nop is.
 pub(super) fn place(
     check: &Check<'_>,
     function: &Function,
-    link: LinkAddr,
+    asked: Gva,
 ) -> Result<Place, PatchError> {
-    let start = function.start.at(check.located.slide);
+    let start = function.start;
     let longest = (JUMP + 2 * MAX_INSTRUCTION) as u64;
-    let code = check.code(function, link.offset(longest))?;
-    let asked = usize::try_from(link.distance_from(function.start)).unwrap_or(usize::MAX);
+    let code = check.code(function, asked.offset(longest))?;
+    let asked = usize::try_from(asked.distance_from(start)).unwrap_or(usize::MAX);
     let at_entry = match entry_site(start, &code) {
         EntrySite::Nop(offset) | EntrySite::Other(offset) => offset,
     };
     let from = if asked == 0 { at_entry } else { asked };
     Ok(Place {
-        link: function.start.offset(from as u64),
+        at: start.offset(from as u64),
         entry: from == at_entry,
         from,
         code,
@@ -61,23 +62,19 @@ impl Place {
     pub(super) fn instructions(
         &self,
         function: &Function,
-        at: Gva,
     ) -> Result<(Displaced, Vec<u8>), PatchError> {
-        let Self {
-            link, from, code, ..
-        } = self;
-        let from = *from;
+        let Self { at, from, code, .. } = self;
+        let (at, from) = (*at, *from);
         let here = code.get(from..).unwrap_or_default();
         let displaced = displace(at, here, JUMP)?;
-        let before = at.0.wrapping_sub(from as u64);
-        boundaries(Gva(before), code, from, displaced.len)?;
+        boundaries(function.start, code, from, displaced.len)?;
         let end = from as u64 + displaced.len as u64;
         if end > function.size {
             return Err(PatchError::Request(format!(
                 "{} ends {} bytes behind {}: there is no room for a jump of {JUMP} bytes",
                 function.name,
                 function.size.saturating_sub(from as u64),
-                function.place(*link)
+                function.place(at)
             )));
         }
         let before = here.get(..displaced.len).unwrap_or_default().to_vec();
@@ -95,13 +92,11 @@ pub(super) fn nothing_leads_inside(
     // One instruction takes the place of all.
     const ONE: [u8; 1] = [0x90];
     check.no_jump_inside(function, bytes, &ONE)?;
-    let end = function.start.offset(function.size);
-    let code = check.code(function, end)?;
+    let code = check.code(function, function.end())?;
     let whole = usize::try_from(function.size).unwrap_or(0);
     let slide = check.located.slide;
     let is_thunk = |target: Gva| check.know.regions.is_thunk(target.linked(slide));
-    let start = function.start.at(slide);
-    match indirect_jump(start, code.get(..whole).unwrap_or(&code), &is_thunk) {
+    match indirect_jump(function.start, code.get(..whole).unwrap_or(&code), &is_thunk) {
         Some(from) => Err(PatchError::JumpUnknown { from }),
         None => Ok(()),
     }

@@ -39,6 +39,40 @@ impl ModulesLayout {
         addresses.iter().map(read).collect()
     }
 
+    /// The first module of a stopped guest that is `wanted`.
+    ///
+    /// # Errors
+    /// As [`ModulesLayout::modules`].
+    pub fn find(
+        &self,
+        space: &Space<'_>,
+        located: &Located,
+        wanted: &dyn Fn(&Module) -> bool,
+    ) -> Result<Option<Module>, ModulesError> {
+        for address in self.addresses(space, located)? {
+            let module = self.module(space, address)?;
+            if wanted(&module) {
+                let types = self.types(space, located)?.get(&address).copied();
+                return Ok(Some(Module { types, ..module }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The module whose `struct module` is at `address`, without its types; `None` when there is none.
+    ///
+    /// # Errors
+    /// As [`ModulesLayout::modules`].
+    pub fn module_at(
+        &self,
+        space: &Space<'_>,
+        located: &Located,
+        address: Gva,
+    ) -> Result<Option<Module>, ModulesError> {
+        let listed = self.addresses(space, located)?.contains(&address);
+        listed.then(|| self.module(space, address)).transpose()
+    }
+
     /// The name of a module that is being loaded or removed, if there is one.
     ///
     /// # Errors
