@@ -42,8 +42,8 @@ pub use failure::{Failure, TestResult};
 pub use guest::Guest;
 pub use holding::{armed, begin, done, hold, kept_apart, release};
 pub use needs::{
-    REPLACED, breakable, debug_kernel, drgn_script, initramfs, kernel, python_client, replacement,
-    stillpoint,
+    REPLACED, breakable, debug_kernel, drgn_script, initramfs, kernel, module_file, python_client,
+    replacement, stillpoint,
 };
 pub use place::{on_host, on_kvm, on_kvm_breaking, on_kvm_then_here, on_kvm_with};
 pub use qmp::{Qmp, QmpError, refusal};

@@ -16,6 +16,17 @@ pub fn kernel(name: &str) -> PathBuf {
     image_cache().join(name)
 }
 
+/// Where the file of a kernel's module is, such as "kernel/fs/binfmt_misc", and what it may be called in
+/// a guest. Not every kernel has each of them.
+#[must_use]
+pub fn module_file(kernel_name: &str, module: &str) -> Option<(PathBuf, String)> {
+    ["ko", "ko.xz", "ko.zst"].iter().find_map(|suffix| {
+        let file = kernel(kernel_name).join(format!("modules/{module}.{suffix}"));
+        let name = module.rsplit('/').next()?;
+        file.exists().then(|| (file, format!("/{name}.{suffix}")))
+    })
+}
+
 /// The test initramfs with the modules of a kernel.
 #[must_use]
 pub fn initramfs(kernel_name: &str) -> PathBuf {

@@ -1,11 +1,10 @@
 //! What is told of a guest's inside, against what the guest itself says of it.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
-use stillpoint_tests::{Failure, Guest, Qmp, Ran, TestResult, kernel, on_kvm};
+use stillpoint_tests::{Failure, Guest, Qmp, Ran, TestResult, module_file, on_kvm};
 
 /// A task as /proc/PID/task/TID/stat has it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -199,15 +198,6 @@ const MODULES: [&str; 5] = [
     "kernel/net/vmw_vsock/vsock",
 ];
 
-/// Where a module's file is, and its name. Not every kernel has each of them.
-fn module_file(folder: &Path, module: &str) -> Option<(PathBuf, String)> {
-    ["ko", "ko.xz", "ko.zst"].iter().find_map(|suffix| {
-        let file = folder.join(format!("modules/{module}.{suffix}"));
-        let name = module.rsplit('/').next()?;
-        file.exists().then(|| (file, format!("/{name}.{suffix}")))
-    })
-}
-
 /// Every symbol as a line of /proc/kallsyms.
 fn symbol_lines(qmp: &mut Qmp) -> Result<Vec<String>, Failure> {
     let mut lines = Vec::new();
@@ -229,12 +219,11 @@ fn symbol_lines(qmp: &mut Qmp) -> Result<Vec<String>, Failure> {
 }
 
 fn shows_symbols(name: &str) -> TestResult {
-    let folder = kernel(name);
     let mut boot = Guest::boot(name).cpus(1).memory("512M");
     let mut load = String::from("true");
     let mut loaded = 0;
     for module in MODULES {
-        let Some((file, at)) = module_file(&folder, module) else {
+        let Some((file, at)) = module_file(name, module) else {
             continue;
         };
         loaded += 1;

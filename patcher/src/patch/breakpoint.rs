@@ -14,8 +14,8 @@
 use std::collections::BTreeMap;
 
 use super::check::Check;
-use super::hook::{Hook, Lead, Means};
 use super::function::Function;
+use super::hook::{Hook, Lead, Means};
 use super::placing::NewPlace;
 use super::report::{Applied, Bytes, Collected, Evidence, Kind, Origin};
 use super::retire::{Content, Leaving};
@@ -400,11 +400,7 @@ impl Patcher {
 
 /// The instruction at `asked`, or, at the start of a function, the one behind the landing place of
 /// indirect calls.
-fn one_instruction(
-    check: &Check<'_>,
-    function: &Function,
-    asked: Gva,
-) -> Result<One, PatchError> {
+fn one_instruction(check: &Check<'_>, function: &Function, asked: Gva) -> Result<One, PatchError> {
     let start = function.start;
     let code = check.code(function, asked.offset(2 * MAX_INSTRUCTION as u64))?;
     let from = match usize::try_from(asked.distance_from(start)).unwrap_or(usize::MAX) {

@@ -122,7 +122,8 @@ impl Check<'_> {
         len: u64,
         site: &dyn std::fmt::Display,
     ) -> Result<Function, PatchError> {
-        self.text(at, len, site)?.ok_or_else(|| in_no_function(site))
+        self.text(at, len, site)?
+            .ok_or_else(|| in_no_function(site))
     }
 
     /// The same; `None` where the text of the kernel is in no function.

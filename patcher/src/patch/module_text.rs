@@ -62,7 +62,12 @@ impl ModuleText {
     fn read(know: &Knowledge, space: &Space<'_>, module: Module) -> Result<Self, PatchError> {
         let symbols = match &know.modules {
             Some(layout) => layout.symbols(space, &module)?,
-            None => return Err(SiteError::NoModule { module: module.name }.into()),
+            None => {
+                return Err(SiteError::NoModule {
+                    module: module.name,
+                }
+                .into());
+            }
         };
         Ok(Self {
             sites: know.module_tables.read(space, module.address)?,

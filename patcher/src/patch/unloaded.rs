@@ -127,7 +127,5 @@ impl Patcher {
 /// The bytes at the place of a change are those that were there before it.
 fn is_as_before(space: &Space<'_>, entry: &Applied) -> bool {
     let mut found = vec![0; entry.before.0.len()];
-    !found.is_empty()
-        && space.read(entry.address, &mut found).is_ok()
-        && found == entry.before.0
+    !found.is_empty() && space.read(entry.address, &mut found).is_ok() && found == entry.before.0
 }

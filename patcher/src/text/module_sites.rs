@@ -52,14 +52,24 @@ impl ModuleTables {
     pub fn of(kernel: &Kernel) -> Self {
         let types = kernel.types();
         let tables = [
-            ("jump_entries", "num_jump_entries", "jump_entry", Rewriter::JumpLabel),
+            (
+                "jump_entries",
+                "num_jump_entries",
+                "jump_entry",
+                Rewriter::JumpLabel,
+            ),
             (
                 "static_call_sites",
                 "num_static_call_sites",
                 "static_call_site",
                 Rewriter::StaticCall,
             ),
-            ("extable", "num_exentries", "exception_table_entry", Rewriter::Fixup),
+            (
+                "extable",
+                "num_exentries",
+                "exception_table_entry",
+                Rewriter::Fixup,
+            ),
             ("bug_table", "num_bugs", "bug_entry", Rewriter::Bug),
         ];
         let forbidden = [

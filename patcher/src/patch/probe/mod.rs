@@ -306,7 +306,11 @@ impl Patcher {
     pub(super) fn probes_of(&self, change: EntryId) -> Vec<EntryId> {
         let site = self.sites.get(&change);
         let attached = site.map(|site| site.attached.iter());
-        attached.into_iter().flatten().map(|probe| probe.id).collect()
+        attached
+            .into_iter()
+            .flatten()
+            .map(|probe| probe.id)
+            .collect()
     }
 
     /// The change that a probe is in, and which of its site's probes it is.

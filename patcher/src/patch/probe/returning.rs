@@ -218,7 +218,9 @@ impl Subject<'_> {
             }),
             Self::Module(check, text) => {
                 space = check.located.space(&check.guest);
-                (text.types(check.know, &space)?, &|name| text.functions(name))
+                (text.types(check.know, &space)?, &|name| {
+                    text.functions(name)
+                })
             }
         };
         let mut most = None;

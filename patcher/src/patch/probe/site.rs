@@ -96,7 +96,11 @@ pub(super) fn nothing_leads_inside(
     let whole = usize::try_from(function.size).unwrap_or(0);
     let slide = check.located.slide;
     let is_thunk = |target: Gva| check.know.regions.is_thunk(target.linked(slide));
-    match indirect_jump(function.start, code.get(..whole).unwrap_or(&code), &is_thunk) {
+    match indirect_jump(
+        function.start,
+        code.get(..whole).unwrap_or(&code),
+        &is_thunk,
+    ) {
         Some(from) => Err(PatchError::JumpUnknown { from }),
         None => Ok(()),
     }
