@@ -362,6 +362,46 @@ fn descriptors_that_are_passed_and_not_used_are_bounded() {
 }
 
 #[test]
+fn the_guest_does_not_stand_still_for_a_descriptor_that_blocks() {
+    let _alone = alone();
+    let server = start();
+    let mut client = server.client();
+    let counter = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
+    let epoll = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::empty()).unwrap();
+    let terminal = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/ptmx")
+        .unwrap();
+    for fd in [&counter, &epoll, &terminal.into()] {
+        pass(&mut client, fd);
+        let begun = Instant::now();
+        let arguments = json!({"paging": false, "protocol": "fd:pipe"});
+        let refused = reason(client.execute("dump-guest-memory", &arguments));
+        assert_eq!(refused, "InvalidArgument");
+        assert!(begun.elapsed() < Duration::from_secs(5));
+    }
+    assert!(server.host.runs_within(Duration::from_secs(5)));
+}
+
+#[test]
+fn a_request_that_can_be_read_in_two_ways_is_not_carried_out() {
+    let _alone = alone();
+    let server = start();
+    let mut client = server.client();
+    client.send(r#"{"execute":"query-status","execute":"quit"}"#);
+    let answer = client.reply();
+    let desc = answer["error"]["desc"].as_str();
+    assert!(
+        desc.is_some_and(|desc| desc.contains("given twice")),
+        "{answer}"
+    );
+    is_alive(&server);
+    let quits = server.host.quits.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(quits, 0);
+}
+
+#[test]
 fn a_client_of_another_user_does_not_get_in() {
     use std::os::unix::fs::PermissionsExt;
     let _alone = alone();

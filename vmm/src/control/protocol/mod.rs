@@ -15,6 +15,7 @@ mod notice;
 mod request;
 mod session;
 mod splitter;
+mod unique;
 
 pub use arguments::from_arguments;
 pub use error::{ErrorClass, QmpError, Reason};

@@ -12,6 +12,8 @@
 
 use serde_json::Value;
 
+use super::unique::Unique;
+
 /// What a client may send.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Limits {
@@ -59,7 +61,7 @@ pub enum SyntaxError {
         /// How many bytes of the request are valid.
         valid: usize,
     },
-    /// Brackets match, but what is between them is not JSON.
+    /// Brackets match, but what is between them is not JSON, or names a member twice.
     #[error("{0}")]
     Json(String),
 }
@@ -227,7 +229,8 @@ impl Splitter {
         self.reset();
         match std::str::from_utf8(&value) {
             Ok(text) => {
-                serde_json::from_str(text).map_err(|error| SyntaxError::Json(error.to_string()))
+                let value = serde_json::from_str(text).map(|Unique(value)| value);
+                value.map_err(|error| SyntaxError::Json(error.to_string()))
             }
             Err(error) => Err(SyntaxError::NotUtf8 {
                 valid: error.valid_up_to(),

@@ -137,7 +137,12 @@ fn what_is_not_a_request_is_told_so() {
         assert_eq!(error_of(&answer), ("GenericError", "BadRequest"), "{text}");
         assert_eq!(answer["id"], id, "{text}");
     }
-    for (text, reason) in [("nonsense\n", "Syntax"), ("{\"a\":\"\u{7f}\"x}", "Syntax")] {
+    for (text, reason) in [
+        ("nonsense\n", "Syntax"),
+        ("{\"a\":\"\u{7f}\"x}", "Syntax"),
+        (r#"{"execute":"stop","execute":"quit"}"#, "Syntax"),
+        (r#"{"execute":"a","arguments":{"id":1,"id":2}}"#, "Syntax"),
+    ] {
         let answer = sent(&mut session, text);
         assert_eq!(error_of(&answer), ("GenericError", reason), "{text}");
         assert_eq!(answer.get("id"), None);
