@@ -173,6 +173,7 @@ fn answer_for(error: &DumpError) -> QmpError {
     let reason = match error {
         DumpError::Target(TargetError::Stalled) => Reason::Deadline,
         DumpError::Target(TargetError::Cancelled) => Reason::Cancelled,
+        DumpError::Target(TargetError::NoPlace) => Reason::InvalidArgument,
         DumpError::Target(_) => Reason::Io,
         DumpError::Registers(_) | DumpError::Memory(_) => Reason::Internal,
         DumpError::NoMemory(_) => Reason::InvalidArgument,

@@ -40,6 +40,9 @@ pub enum TargetError {
         /// What the host said.
         source: io::Error,
     },
+    /// A terminal, or a descriptor that takes no bytes of a file.
+    #[error("a dump goes to a file, a pipe, a socket or a device that is no terminal")]
+    NoPlace,
     /// The descriptor is not open for writing.
     #[error("the file descriptor is not open for writing")]
     ReadOnly,
@@ -85,7 +88,7 @@ impl Target {
         options
             .write(true)
             .mode(0o600)
-            .custom_flags(libc::O_NONBLOCK);
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
         let failed = |source| TargetError::Open {
             path: path.to_owned(),
             source,
@@ -106,7 +109,8 @@ impl Target {
     /// Uses an open descriptor, from its current position on.
     ///
     /// # Errors
-    /// [`TargetError::ReadOnly`], or [`TargetError::Write`] when it is of no use.
+    /// [`TargetError::ReadOnly`], [`TargetError::NoPlace`], or [`TargetError::Write`] when it is of no
+    /// use.
     pub fn descriptor(file: impl Into<File>) -> Result<Self, TargetError> {
         let mut file = file.into();
         let flags = rustix::fs::fcntl_getfl(&file).map_err(io::Error::from)?;
@@ -114,6 +118,7 @@ impl Target {
             return Err(TargetError::ReadOnly);
         }
         let metadata = file.metadata()?;
+        let of = metadata.file_type();
         let kind = if metadata.is_file() {
             // What is there behind the position would shine through the holes.
             let fresh = file.stream_position()? >= metadata.len();
@@ -122,12 +127,15 @@ impl Target {
             } else {
                 Kind::File
             }
-        } else if metadata.file_type().is_socket() {
+        } else if of.is_socket() {
             Kind::Socket
-        } else if metadata.file_type().is_block_device() {
+        } else if of.is_block_device() {
             Kind::File
-        } else {
+        } else if of.is_fifo() || of.is_char_device() && !rustix::termios::isatty(&file) {
             Kind::Pipe
+        } else {
+            // An eventfd, a terminal: it may be ready and still block, and the guest stands still.
+            return Err(TargetError::NoPlace);
         };
         Ok(Self {
             file,
