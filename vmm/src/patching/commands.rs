@@ -1,6 +1,9 @@
 //! The commands on the guest's kernel: `query-kernel`, `text-patch`, `text-redirect`,
 //! `text-revert` and `query-text`.
 
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -147,14 +150,23 @@ pub(super) fn object(path: &std::path::Path) -> Result<Vec<u8>, QmpError> {
     let io = |error: std::io::Error| {
         QmpError::new(Reason::Io, format!("object: {}: {error}", path.display()))
     };
-    let metadata = std::fs::metadata(path).map_err(io)?;
-    if !metadata.is_file() || metadata.len() > MAX_OBJECT {
-        return Err(invalid(
-            "object",
-            format_args!("{}: not an object file", path.display()),
-        ));
+    let not_one = || {
+        let why = format_args!("{}: not an object file", path.display());
+        invalid("object", why)
+    };
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(not_one());
     }
-    std::fs::read(path).map_err(io)
+    // A file's length says nothing below /proc: some of those have no end, and some wait for more.
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(io)?;
+    let mut bytes = Vec::new();
+    let len = file.take(MAX_OBJECT + 1).read_to_end(&mut bytes);
+    match len.map_err(io)? as u64 > MAX_OBJECT {
+        true => Err(not_one()),
+        false => Ok(bytes),
+    }
 }
 
 pub(super) fn origin(context: &Context) -> Origin {
@@ -175,4 +187,19 @@ pub(super) fn now_ms() -> u64 {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn a_file_without_an_end_is_not_read_to_its_end() {
+        for path in ["/proc/self/pagemap", "/dev/zero", "/proc", "/nonexistent"] {
+            let refused = object(Path::new(path)).map(|bytes| bytes.len());
+            assert!(refused.is_err(), "{path}: {refused:?}");
+        }
+        assert!(object(Path::new("/proc/self/status")).is_ok_and(|bytes| !bytes.is_empty()));
+    }
 }
