@@ -60,6 +60,17 @@ pub enum StopError {
 }
 
 impl StopError {
+    /// The same after several waits, which took so long together.
+    #[must_use]
+    pub fn after(self, waited: Duration) -> Self {
+        match self {
+            Self::Deadline { vcpu, .. } => Self::Deadline { vcpu, waited },
+            Self::DeviceDeadline { .. } => Self::DeviceDeadline { waited },
+            Self::Busy { .. } => Self::Busy { waited },
+            other => other,
+        }
+    }
+
     /// It might have gone well with more time.
     #[must_use]
     pub const fn is_late(&self) -> bool {

@@ -21,6 +21,9 @@ use crate::machine::{Event, GuestRam, Machine, StopError, StopTimes};
 /// The first pause between two tries; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// How long the patcher is kept from others at a time while the guest cannot be stopped: much of what
+/// they ask it takes no stop.
+const TURN: Duration = Duration::from_secs(1);
 
 /// The patcher of one machine; clones share it.
 #[derive(Clone)]
@@ -204,7 +207,7 @@ impl Patching {
     }
 
     /// Works with the patcher on the stopped guest, again and again until it succeeds, is refused
-    /// for good, or the deadline passes.
+    /// for good, the deadline passes, or nobody waits for the answer any more.
     ///
     /// # Errors
     /// [`Reason::Deadline`] names who stood in the way last; refusals of `work` as they are. The
@@ -214,12 +217,40 @@ impl Patching {
         context: &Context,
         command: &'static str,
         within: Duration,
+        work: impl FnMut(&mut Patcher, &mut dyn StoppedGuest) -> Result<R, PatchError>,
+    ) -> Result<WithStop<R>, QmpError> {
+        let wanted = || !context.peer.is_gone();
+        self.stopped_while(&wanted, context, command, within, work)
+    }
+
+    /// The same for what has to be done whether or not somebody waits for it.
+    ///
+    /// # Errors
+    /// As [`Patching::stopped`].
+    pub(super) fn stopped_at_last<R>(
+        &self,
+        context: &Context,
+        command: &'static str,
+        within: Duration,
+        work: impl FnMut(&mut Patcher, &mut dyn StoppedGuest) -> Result<R, PatchError>,
+    ) -> Result<WithStop<R>, QmpError> {
+        self.stopped_while(&|| true, context, command, within, work)
+    }
+
+    fn stopped_while<R>(
+        &self,
+        wanted: &dyn Fn() -> bool,
+        context: &Context,
+        command: &'static str,
+        within: Duration,
         mut work: impl FnMut(&mut Patcher, &mut dyn StoppedGuest) -> Result<R, PatchError>,
     ) -> Result<WithStop<R>, QmpError> {
         let kernel = self.kernel()?;
         // Opening the kernel's file, once, is not time in which the guest could have been stopped.
-        let deadline = Instant::now() + within;
+        let begun = Instant::now();
+        let deadline = begun + within;
         let mut pause = FIRST_PAUSE;
+        let mut turn = TURN;
         let mut stop = StopReport::default();
         let mut in_the_way = None;
         loop {
@@ -227,15 +258,23 @@ impl Patching {
             let tried = {
                 let mut state = self.lock();
                 let patcher = self.current(&mut state, kernel.clone())?;
-                self.stop_and(patcher, left.max(FIRST_PAUSE), &mut work)
+                self.stop_and(patcher, left.min(turn).max(FIRST_PAUSE), &mut work)
             };
             let (result, times) = match (tried, &in_the_way) {
                 (Ok(tried), _) => tried,
+                (Err(error), _) if error.is_late() && wanted() && left > turn => {
+                    if !matches!(error, StopError::Busy { .. }) {
+                        // A vCPU that is slow to stop would begin anew at each turn.
+                        turn = within;
+                    }
+                    thread::sleep(FIRST_PAUSE);
+                    continue;
+                }
                 // It would have been the last try: what stood in the way before says more.
                 (Err(error), Some(earlier)) if error.is_late() => {
                     return Err(out_of_time(earlier, &stop));
                 }
-                (Err(error), _) => return Err(error.into()),
+                (Err(error), _) => return Err(error.after(begun.elapsed()).into()),
             };
             stop.add(times);
             context.services.record_stop(StopRecord {
@@ -250,7 +289,7 @@ impl Patching {
             if !error.passes() {
                 return Err(refusal(&error).and(&stop.told()));
             }
-            if context.peer.is_gone() {
+            if !wanted() {
                 return Err(QmpError::new(
                     Reason::Cancelled,
                     "nobody waits for the answer",

@@ -2,14 +2,15 @@
 //! the other, each in force for everybody before the next.
 //!
 //! Either all steps are made or none: where one cannot be made in time, or somebody cancels, what was
-//! made is taken back, the last first, again with everybody out of one before the one before it. What
-//! cannot be taken back in time either stays, and is listed.
+//! made is taken back, the last first, again with everybody out of one before the one before it, also
+//! when the client has gone. What cannot be taken back in time either stays, and is listed.
 
 mod plans;
 
 use std::time::{Duration, Instant};
 
-use patcher::patch::{EntryId, PatchError, PreparedText, Step, TextRequest};
+use patcher::guest::StoppedGuest;
+use patcher::patch::{EntryId, PatchError, Patcher, PreparedText, Step, TextRequest};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -21,6 +22,9 @@ use plans::{Plan, Plans, StepState};
 
 /// Changes that one request may have, in all its steps.
 const MAX_CHANGES: usize = 1000;
+
+/// Bytes that the name of a step may have.
+const MAX_NAME: usize = 256;
 
 #[derive(Deserialize, Debug)]
 #[serde(deny_unknown_fields)]
@@ -119,6 +123,10 @@ fn prepared(
     if steps.iter().any(|step| step.text.is_empty()) || changes == 0 {
         return Err(invalid("steps", "give at least one, each with a change"));
     }
+    if let Some(step) = steps.iter().find(|step| step.name.len() > MAX_NAME) {
+        let text = format!("a name of {} bytes; {MAX_NAME} are kept", step.name.len());
+        return Err(invalid("steps", text));
+    }
     if changes > MAX_CHANGES {
         let text = format!("{changes} changes; {MAX_CHANGES} can be made in steps");
         return Err(invalid("steps", text));
@@ -199,19 +207,23 @@ impl Work<'_> {
         let mut passage = step.passage.clone();
         let looked = match passage.inside() {
             [] => None,
-            _ => Some(self.patching.stopped(
-                self.context,
-                self.command,
-                left(until),
-                |patcher, guest| {
+            _ => {
+                let look = |patcher: &mut Patcher, guest: &mut dyn StoppedGuest| {
                     if then == StepState::Passed {
                         self.is_wanted()?;
                     }
                     let passed = patcher.has_passed(guest, &mut passage);
                     self.plans.tell(self.id, index, passage.inside());
                     passed
-                },
-            )?),
+                };
+                let (p, context, command) = (self.patching, self.context, self.command);
+                Some(match then {
+                    StepState::TakenBack => {
+                        p.stopped_at_last(context, command, left(until), look)?
+                    }
+                    _ => p.stopped(context, command, left(until), look)?,
+                })
+            }
         };
         self.is(index, then, step);
         Ok(looked)
@@ -242,11 +254,12 @@ impl Work<'_> {
         first: bool,
     ) -> Result<(), QmpError> {
         let origin = origin(self.context);
-        let taken =
-            self.patching
-                .stopped(self.context, self.command, left(until), |patcher, guest| {
-                    patcher.revert_step(guest, changes, &origin)
-                })?;
+        let taken = self.patching.stopped_at_last(
+            self.context,
+            self.command,
+            left(until),
+            |patcher, guest| patcher.revert_step(guest, changes, &origin),
+        )?;
         self.patching.retired(&taken.answer().collected);
         self.is(index, StepState::TakenBack, taken.answer());
         match first {
