@@ -5,3 +5,4 @@ pub mod control;
 pub mod holding;
 pub mod machine;
 pub mod patching;
+pub mod printable;

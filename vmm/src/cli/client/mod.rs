@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use serde_json::Value;
 
 use super::args::{ClientCommand, InspectArgs};
+use crate::printable::printable;
 use connection::{ClientError, Connection};
 use request::Task;
 
@@ -54,7 +55,7 @@ pub fn main(control: Option<PathBuf>, json: bool, command: ClientCommand) -> Exi
             if json {
                 eprintln!("{}", error.to_value());
             } else {
-                eprintln!("stillpoint: {error}");
+                eprintln!("stillpoint: {}", printable(&error.to_string()));
             }
             ExitCode::from(match error {
                 ClientError::Usage { .. } => USAGE,

@@ -1,6 +1,10 @@
 //! Errors as clients see them.
 
 use crate::machine::StopError;
+use crate::printable::printable_within;
+
+/// Characters of a description: what a client sent is not all repeated to it.
+const MAX_TEXT: usize = 2000;
 
 /// QMP's error classes: there are few on purpose, and clients treat others as `GenericError`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
@@ -65,9 +69,10 @@ pub struct QmpError {
 
 impl std::fmt::Display for QmpError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = printable_within(&self.text, MAX_TEXT);
         match self.word {
-            Some(word) => write!(f, "{word}: {}", self.text),
-            None => write!(f, "{:?}: {}", self.reason, self.text),
+            Some(word) => write!(f, "{word}: {text}"),
+            None => write!(f, "{:?}: {text}", self.reason),
         }
     }
 }
@@ -149,5 +154,23 @@ impl From<StopError> for QmpError {
             StopError::Kvm { .. } => Reason::Internal,
         };
         Self::new(reason, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_client_sent_is_neither_repeated_at_length_nor_as_it_is() {
+        let name = format!("\u{1b}[2J{}", "x".repeat(1 << 20));
+        let error = QmpError::new(Reason::NotFound, format!("no symbol {name}; try another"));
+        let text = error.to_string();
+        assert!(
+            text.starts_with("NotFound: no symbol \\u{1b}[2Jxx"),
+            "{text}"
+        );
+        assert!(text.ends_with("xx; try another"), "{text}");
+        assert!(text.len() < 2 * MAX_TEXT);
     }
 }

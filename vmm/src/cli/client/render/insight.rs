@@ -188,7 +188,7 @@ mod tests {
         assert_eq!(
             tasks_in(&answer, false),
             "PID  TGID  PPID  S  SCHEDULING  CPU  VCPU  SWITCHES  FORCED  START  COMMAND\n\
-             \x20 1     1     0  S  off           0     -        70       3   1.23  in it\n\
+             \x20 1     1     0  S  off           0     -        70       3   1.23  in\\u{1b}it\n\
              \x20 2     2     0  R  on-cpu        1     1         5       0   0.00  [kthreadd]\n\
              and 7 more tasks\n\
              the guest contradicts itself: the kernel counts 3 threads, and 2 are on its lists\n"

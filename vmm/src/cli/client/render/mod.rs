@@ -15,6 +15,8 @@ use std::fmt::Write;
 
 use serde_json::{Map, Value};
 
+use crate::printable::printable;
+
 pub(super) use holding::{held, released};
 pub(super) use insight::{modules, symbols, tasks};
 pub(super) use inspect::{inspected_dump, inspected_kernel, inspected_text};
@@ -174,13 +176,10 @@ fn member(name: &str, value: &Value) -> String {
     }
 }
 
-/// A value in a line of text; control characters of whoever wrote it stay out of the terminal.
+/// A value in a line of text; what whoever wrote it would have the terminal do is written out.
 fn plain(value: &Value) -> String {
     match value {
-        Value::String(text) => text
-            .chars()
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .collect(),
+        Value::String(text) => printable(text).into_owned(),
         Value::Null => "-".to_owned(),
         Value::Bool(true) => "yes".to_owned(),
         Value::Bool(false) => "no".to_owned(),
@@ -240,7 +239,7 @@ mod tests {
 
     #[test]
     fn what_the_guest_says_does_not_reach_the_terminal_raw() {
-        assert_eq!(plain(&json!("a\u{1b}[31mb\n")), "a [31mb ");
+        assert_eq!(plain(&json!("a\u{1b}[31mb\n")), "a\\u{1b}[31mb\\n");
     }
 
     #[test]

@@ -170,7 +170,7 @@ mod tests {
         });
         assert_eq!(
             stacks(&answer),
-            "sh  (pid 7) S\n\
+            "sh\\u{7} (pid 7) S\n\
              \x20 __schedule+0x3d8/0xb50\n\
              \x20 do_wait+0x5f/0x120  (traced)\n\
              \n\
