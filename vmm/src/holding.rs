@@ -110,6 +110,10 @@ impl Holding {
     ) -> Result<WithStop<HoldInfo>, QmpError> {
         let vcpu = arguments.vcpu;
         let origin = origin_of(context.peer.to_string());
+        if let Some(site) = site {
+            // A name that there is not is compared with all that there are: not in a stop.
+            self.patching.with(|patcher| patcher.check_site(site))?;
+        }
         self.patching.get_arena_ready();
         let begun = self
             .patching

@@ -26,7 +26,7 @@ use crate::arena::Arena;
 use crate::error::with_causes;
 use crate::guest::StoppedGuest;
 use crate::space::{Bounds, LayoutError, LocateError, Located};
-use crate::symbols::{Loaded, Module};
+use crate::symbols::{Loaded, Module, Site};
 use crate::tasks::{Survey, Task, survey, tasks};
 use crate::text::NOP5;
 
@@ -167,6 +167,15 @@ impl Patcher {
             slide: found.slide,
             modules,
         })
+    }
+
+    /// Whether there is such a place, as far as that can be told without the guest.
+    ///
+    /// # Errors
+    /// [`PatchError::Site`].
+    pub fn check_site(&self, site: &Site) -> Result<(), PatchError> {
+        site.resolve(self.know.kernel.symbols())?;
+        Ok(())
     }
 
     /// Checks a change of bytes as far as it can be done without the guest.
