@@ -308,11 +308,17 @@ mod full {
     fn functions(qmp: &mut Qmp) -> Result<Vec<String>, Failure> {
         let mut names = Vec::new();
         for first in ('a'..='z').chain(['_']) {
-            let request = json!({"pattern": format!("{first}*"), "limit": 60_000});
-            let reply = qmp.execute("query-symbols", request)?;
-            let all = reply["symbols"].as_array().into_iter().flatten();
-            let text = all.filter(|one| one["type"] == "T" || one["type"] == "t");
-            names.extend(text.filter_map(|one| one["name"].as_str().map(str::to_owned)));
+            let (mut seen, mut more) = (0, true);
+            while more {
+                let pattern = format!("{first}*");
+                let request = json!({"pattern": pattern, "skip": seen, "limit": 20_000});
+                let reply = qmp.execute("query-symbols", request)?;
+                let all = reply["symbols"].as_array().into_iter().flatten();
+                seen += all.clone().count();
+                more = reply["more"] != json!(0);
+                let text = all.filter(|one| one["type"] == "T" || one["type"] == "t");
+                names.extend(text.filter_map(|one| one["name"].as_str().map(str::to_owned)));
+            }
         }
         names.sort();
         names.dedup();

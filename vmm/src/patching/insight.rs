@@ -21,7 +21,7 @@ const DISAGREEING_STOPS: u32 = 5;
 
 /// Symbols that are told unless the client says otherwise, and at the most.
 const USUAL_SYMBOLS: usize = 1000;
-const MOST_SYMBOLS: usize = 100_000;
+const MOST_SYMBOLS: usize = 20_000;
 
 #[derive(Deserialize, Debug)]
 #[serde(deny_unknown_fields)]

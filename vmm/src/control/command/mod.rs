@@ -17,6 +17,7 @@ mod services;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -59,6 +60,8 @@ struct Command {
 #[derive(Default)]
 pub struct Registry {
     commands: BTreeMap<&'static str, Command>,
+    /// A long answer takes many times its length until it is text: one is made at a time.
+    making: Arc<Mutex<()>>,
 }
 
 /// The standard commands. `vmcoreinfo` finds the guest kernel's crash information for dumps.
@@ -100,8 +103,11 @@ impl Registry {
         R: Serialize,
         F: Fn(&Context, A) -> Result<R, QmpError> + Send + Sync + 'static,
     {
+        let making = Arc::clone(&self.making);
         let handler: Handler = Box::new(move |context, arguments| {
             let answer = handler(context, from_arguments(arguments)?)?;
+            let _one = (speed == Speed::Slow)
+                .then(|| making.lock().unwrap_or_else(PoisonError::into_inner));
             serde_json::to_value(answer)
                 .map_err(|error| QmpError::new(Reason::Internal, error.to_string()))
         });
