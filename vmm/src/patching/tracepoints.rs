@@ -13,7 +13,7 @@ use super::callback::Attach;
 use super::commands::origin;
 use super::session::{Patching, WithStop};
 use crate::control::command::{Context, DeadlineArgument, NoArguments, Registry};
-use crate::control::protocol::QmpError;
+use crate::control::protocol::{QmpError, Reason};
 
 /// How often it is looked whether the guest is done.
 const LOOK: Duration = Duration::from_millis(1);
@@ -38,6 +38,7 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
     let p = patching.clone();
     registry.slow("tracepoint-attach", move |context, arguments: Attach| {
         let until = Instant::now() + arguments.deadline.or_usual();
+        let incarnation = p.incarnation();
         let request = arguments.tracepoint()?;
         let prepared = p.with(|patcher| patcher.prepare_tracepoint(request))?;
         p.get_arena_ready();
@@ -50,10 +51,12 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
         )?;
         let id = *begun.answer();
         finish(&p, context, "tracepoint-attach", begun, id, until)
+            .map_err(|error| unless_reset(&p, incarnation, error))
     });
     let p = patching.clone();
     registry.slow("tracepoint-detach", move |context, arguments: Detach| {
         let until = Instant::now() + arguments.deadline.or_usual();
+        let incarnation = p.incarnation();
         let (id, origin) = (EntryId(arguments.id), origin(context));
         let begun = p.stopped(
             context,
@@ -61,7 +64,8 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
             left(until),
             |patcher, guest| patcher.begin_detach_tracepoint(guest, id, &origin),
         )?;
-        let finished = finish(&p, context, "tracepoint-detach", begun, id, until)?;
+        let finished = finish(&p, context, "tracepoint-detach", begun, id, until)
+            .map_err(|error| unless_reset(&p, incarnation, error))?;
         if let Outcome::Detached { collected, .. } = finished.answer() {
             p.retired(collected);
         }
@@ -72,6 +76,15 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
         let tracepoints = p.peek(|patcher, memory| patcher.tracepoints(memory))?;
         Ok(Tracepoints { tracepoints })
     });
+}
+
+/// After a reset nothing is known of what the guest was asked for.
+fn unless_reset(patching: &Patching, incarnation: u64, error: QmpError) -> QmpError {
+    if patching.incarnation() == incarnation {
+        return error;
+    }
+    let text = "the machine was reset meanwhile, and what was in the guest is gone with it";
+    QmpError::new(Reason::Ended, text)
 }
 
 fn left(until: Instant) -> Duration {
