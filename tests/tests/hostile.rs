@@ -1,5 +1,6 @@
 //! Bad input at the control socket: the guest and the other clients notice nothing.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -165,8 +166,43 @@ fn a_client_that_is_killed_in_the_middle_of_a_dump() -> TestResult {
         }
         client.kill()?;
         client.wait()?;
-        all_is_well(&guest, &mut old)
+        all_is_well(&guest, &mut old)?;
+        a_stop_that_is_waited_for(&guest, &mut old)
     })
+}
+
+/// While one client's dump stands still and another waits for it, a third has its answer.
+fn a_stop_that_is_waited_for(guest: &Guest, old: &mut Qmp) -> TestResult {
+    old.execute("query-text", json!({}))?;
+    let path = guest.dir().join("fifo");
+    let made = Command::new("mkfifo").arg(&path).status()?;
+    assert!(made.success());
+    // Both ends, so that the dump can begin, and stands still when the pipe is full.
+    let reader = File::options().read(true).write(true).open(&path)?;
+    let dump = json!({"paging": false, "protocol": format!("file:{}", path.display())});
+    let mut dumping = connect(guest)?;
+    let mut waiting = connect(guest)?;
+    for (stream, command, arguments) in [
+        (&mut dumping, "dump-guest-memory", dump),
+        (&mut waiting, "query-tasks", json!({"deadline": "5m"})),
+    ] {
+        let request = json!({"execute": command, "arguments": arguments});
+        stream.write_all(br#"{"execute":"qmp_capabilities"}"#)?;
+        stream.write_all(request.to_string().as_bytes())?;
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    assert_eq!(
+        old.execute("query-dump", json!({}))?["status"],
+        json!("active")
+    );
+    old.execute("query-text", json!({}))?;
+    assert_eq!(
+        old.execute("query-dump", json!({}))?["status"],
+        json!("active"),
+        "the answer came when the dump was over"
+    );
+    drop((dumping, waiting, reader));
+    all_is_well(guest, old)
 }
 
 #[test]

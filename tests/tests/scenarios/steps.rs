@@ -1,6 +1,9 @@
 //! Ordered steps: what one changes is in force for everybody before the next begins.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use stillpoint_tests::{
     Instruction, SOON, begin, done, hold, instructions, kept_apart, refusal, release,
@@ -90,6 +93,60 @@ fn by_command(guest: &Guest, steps: &Value) -> TestResult {
     Ok(())
 }
 
+/// Waits until `query-steps` says so.
+fn until(qmp: &mut Qmp, so: impl Fn(&Value) -> bool) -> TestResult {
+    let begun = Instant::now();
+    loop {
+        let listed = qmp.execute("query-steps", json!({}))?;
+        if so(&listed) {
+            return Ok(());
+        }
+        assert!(begun.elapsed() < SOON, "{listed}");
+    }
+}
+
+/// Their client goes away while a vCPU stands between them: they are taken back all the same, the
+/// first of them when the vCPU has left.
+fn abandoned(
+    guest: &Guest,
+    qmp: &mut Qmp,
+    kernel: &str,
+    steps: &Value,
+    second: &str,
+) -> TestResult {
+    const OTHER: &str = "cmdline_proc_show";
+    // The first of five bytes is the tracer's: a call in the files of some kernels, no more in any guest.
+    let entry = instructions(qmp, kernel, OTHER)?
+        .into_iter()
+        .find(|one| one.bytes.len() == 5)
+        .ok_or_else(|| Failure::new(format!("{OTHER} has no place for the tracer")))?;
+    let site = format!("{OTHER}+{:#x}", entry.offset);
+    let text = json!([{"site": site, "expect": "0f1f440000", "write": "6690666690"}]);
+    let mut all = vec![json!({"name": "other", "text": text})];
+    all.extend(steps.as_array().into_iter().flatten().cloned());
+    between(guest, qmp, second)?;
+    let mut client = UnixStream::connect(guest.socket())?;
+    client.write_all(br#"{"execute":"qmp_capabilities"}"#)?;
+    let arguments = json!({"steps": all, "deadline": "2m"});
+    let request = json!({"execute": "steps-apply", "arguments": arguments});
+    client.write_all(request.to_string().as_bytes())?;
+    let state = |listed: &Value, of: &str| {
+        let state = listed.pointer(&format!("/steps/0/steps/{of}/state"));
+        state.and_then(Value::as_str).map(str::to_owned)
+    };
+    until(qmp, |listed| {
+        state(listed, "1").as_deref() == Some("applied")
+    })?;
+    drop(client);
+    until(qmp, |listed| {
+        state(listed, "1").as_deref() == Some("taken-back")
+    })?;
+    release(qmp, 1)?;
+    until(qmp, |listed| listed["steps"] == json!([]))?;
+    done(guest, "/tmp/version")?;
+    Ok(())
+}
+
 fn two_step(kernel: &str) -> TestResult {
     let (guest, mut qmp) = kept_apart(Guest::boot(kernel).cpus(2))?;
     let (steps, second) = two_steps(&mut qmp, kernel)?;
@@ -107,7 +164,7 @@ fn two_step(kernel: &str) -> TestResult {
     assert_eq!(read()?, before);
     // Cancelled in between.
     let asked = apply(&guest, &steps);
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     let plan = loop {
         let listed = qmp.execute("query-steps", json!({}))?;
         let holdouts = listed.pointer("/steps/0/steps/0/holdouts");
@@ -147,6 +204,8 @@ fn two_step(kernel: &str) -> TestResult {
     qmp.execute("steps-revert", json!({"id": made["id"]}))?;
     assert_eq!(read()?, before);
     by_command(&guest, &steps)?;
+    assert_eq!(read()?, before);
+    abandoned(&guest, &mut qmp, kernel, &steps, &second)?;
     assert_eq!(read()?, before);
     for (command, arguments, word) in [
         ("steps-apply", json!({"steps": []}), "InvalidArgument"),

@@ -267,7 +267,7 @@ impl Patching {
                         // A vCPU that is slow to stop would begin anew at each turn.
                         turn = within;
                     }
-                    thread::sleep(FIRST_PAUSE);
+                    thread::sleep(LONGEST_PAUSE);
                     continue;
                 }
                 // It would have been the last try: what stood in the way before says more.
