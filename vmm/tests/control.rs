@@ -631,6 +631,22 @@ fn the_end_is_told_and_the_socket_goes_away() {
 }
 
 #[test]
+fn no_part_of_a_dump_is_left_when_the_vmm_ends() {
+    let server = start();
+    let mut client = server.client();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("core");
+    *server.host.slowness.lock().unwrap() = Duration::from_millis(200);
+    let arguments = json!({
+        "paging": false, "detach": true, "protocol": format!("file:{}", path.display()),
+    });
+    client.execute("dump-guest-memory", &arguments).unwrap();
+    eventually("begun", || path.exists());
+    server.server.finish();
+    assert!(!path.exists());
+}
+
+#[test]
 fn what_was_sent_before_hanging_up_is_still_done() {
     let server = start();
     let mut client = Client::connect(&server.path);

@@ -2,7 +2,7 @@
 //!
 //! Paging and formats other than ELF are not offered. As in QEMU, `fd:NAME` uses the descriptor up,
 //! DUMP_COMPLETED is sent whether or not the dump was detached, and comes before the answer. A dump
-//! that is not detached is given up when its client goes away.
+//! that is not detached is given up when its client goes away, and any when the VMM ends.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -145,7 +145,10 @@ struct Job {
 impl Job {
     fn run(&self, mut target: Target, running: Running) -> Result<(), QmpError> {
         let services = &self.context.services;
-        let cancelled = || !self.detached && self.context.peer.is_gone();
+        let cancelled = || {
+            let gone = !self.detached && self.context.peer.is_gone();
+            gone || services.dump().is_given_up()
+        };
         let vmcoreinfo = (self.vmcoreinfo)();
         let stopped =
             services.while_stopped("dump-guest-memory", self.deadline.or_usual(), |guest| {

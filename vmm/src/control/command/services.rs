@@ -87,7 +87,7 @@ impl Services {
         self.mailbox.notice(notice);
     }
 
-    pub(super) fn dump(&self) -> &Arc<DumpState> {
+    pub(in crate::control) fn dump(&self) -> &Arc<DumpState> {
         &self.dump
     }
 

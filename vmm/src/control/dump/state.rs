@@ -1,6 +1,6 @@
 //! How far the dump is, as `query-dump` tells it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// QEMU's `DumpStatus`.
@@ -35,6 +35,7 @@ pub struct DumpState {
     /// Status and total.
     fixed: Mutex<(Status, u64)>,
     completed: AtomicU64,
+    given_up: AtomicBool,
 }
 
 impl DumpState {
@@ -56,6 +57,23 @@ impl DumpState {
             before,
             completed,
         })
+    }
+
+    /// No dump goes on from now on: the VMM ends.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`DumpState::give_up`] was called.
+    #[must_use]
+    pub fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed)
+    }
+
+    /// Whether one is being written.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        self.fixed().0 == Status::Active
     }
 
     /// How far it is.

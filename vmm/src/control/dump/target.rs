@@ -52,8 +52,8 @@ pub enum TargetError {
     /// The reader does not read.
     #[error("nobody read the dump for {} s", PATIENCE.as_secs())]
     Stalled,
-    /// The client went away.
-    #[error("the client that asked for the dump went away")]
+    /// The client went away, or the VMM ends.
+    #[error("the dump was given up: who asked for it went away, or the VMM ends")]
     Cancelled,
 }
 

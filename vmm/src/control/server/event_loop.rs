@@ -27,7 +27,7 @@ const FREE_UNFINISHED: usize = 4 << 10;
 /// Bytes of longer unfinished requests that all clients together may have.
 const MAX_UNFINISHED: usize = 8 << 20;
 
-/// How long the last replies and events may take to get out.
+/// How long the last replies and events may take to get out, and a dump to be given up.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// See the module's documentation.
@@ -70,7 +70,8 @@ impl EventLoop {
         let Some(since) = self.closing else {
             return Some(-1);
         };
-        let done = self.clients.values().all(|c| c.output.waiting() == 0);
+        let told = self.clients.values().all(|c| c.output.waiting() == 0);
+        let done = told && !self.services.dump().is_active();
         (!done && since.elapsed() < LAST_WORDS).then_some(20)
     }
 
@@ -112,6 +113,8 @@ impl EventLoop {
         }
         if mail.closing && self.closing.is_none() {
             self.closing = Some(Instant::now());
+            // What there is of it is taken away again.
+            self.services.dump().give_up();
             let _ = ops.remove(Events::empty(self.socket.listener()));
         }
     }
