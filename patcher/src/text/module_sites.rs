@@ -125,9 +125,11 @@ impl ModuleTables {
         if let Some(array) = &self.blacklist {
             let (start, count) = extent(array)?;
             let raw = bytes(start, count, size_of::<u64>() as u64)?;
-            let (entries, _) = raw.as_chunks();
-            let entries = entries.iter().map(|raw| Gva(u64::from_le_bytes(*raw)));
-            found.blacklist.extend(entries);
+            let entries = raw.chunks_exact(size_of::<u64>());
+            let entries = entries.filter_map(|raw| raw.try_into().ok());
+            found
+                .blacklist
+                .extend(entries.map(|raw| Gva(u64::from_le_bytes(raw))));
         }
         Ok(found)
     }
