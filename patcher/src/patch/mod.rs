@@ -47,7 +47,7 @@ pub use report::{
     Applied, Bytes, Closed, Collected, End, EntryId, Evidence, Forgotten, FtraceMark, KernelReport,
     Kind, Listing, Origin, PlacedCode, Retired, Reverted,
 };
-pub use steps::{Passage, Step};
+pub use steps::{Passage, PreparedChange, Step};
 pub use text_patch::{MAX_TEXT, PreparedText, TextRequest};
 pub use tracepoint::{
     Outcome, PreparedTracepoint, TracepointInfo, TracepointRequest, TracepointState, USUAL_PRIORITY,

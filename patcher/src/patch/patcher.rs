@@ -1,6 +1,6 @@
 //! The patcher of one guest: what a hypervisor calls.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::breakpoint::Spins;
@@ -53,6 +53,8 @@ pub struct Patcher {
     pub(super) trap: Option<(EntryId, TrapHandler)>,
     /// Loops in which a vCPU is held.
     pub(super) spins: Spins,
+    /// Changes that are part of ordered steps.
+    pub(super) in_steps: BTreeSet<EntryId>,
     pub(super) modules: ModuleTexts,
     /// Changes in modules, and what has become of them.
     pub(super) in_modules: InModules,
@@ -75,6 +77,7 @@ impl Patcher {
             tracepoints: Tracepoints::new(),
             trap: None,
             spins: Spins::default(),
+            in_steps: BTreeSet::new(),
             modules: ModuleTexts::default(),
             in_modules: InModules::default(),
         })
@@ -277,6 +280,7 @@ impl Patcher {
         origin: &Origin,
     ) -> Result<Reverted, PatchError> {
         self.is_no_part_of_a_hold(id)?;
+        self.is_no_part_of_steps(id)?;
         self.revert_for(guest, id, id, origin)
     }
 
@@ -374,6 +378,7 @@ impl Patcher {
         self.trap = None;
         self.spins.clear();
         self.in_modules.clear();
+        self.in_steps.clear();
         Forgotten {
             lost: self.ledger.void(why),
             tracepoints: tracepoints.into_keys().collect(),

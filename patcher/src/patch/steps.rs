@@ -1,15 +1,17 @@
 //! Changes in steps: what one step changes is in force for everybody before the next begins.
 //!
-//! A step is any number of changes of bytes, made or taken back in one stop, all or none. Whoever is
-//! in one of the changed functions then, in any part of it or on the way back to it, may have run some
-//! of the old bytes and go on to others that a later step changes. So that waits until each of those
-//! has left, once; calls that begin after the stop run the new bytes and are nobody's concern.
+//! A step is any number of changes of bytes and redirects of functions, made or taken back in one stop,
+//! all or none. Whoever is in one of the changed functions then, in any part of it or on the way back to
+//! it, may have run some of the old bytes and go on to others that a later step changes; and whoever is
+//! in new code when its redirect is taken back goes on in that. So what comes next waits until each of
+//! those has left, once; calls that begin after the stop are nobody's concern.
 //!
 //! Every vCPU is serialised on its way out of the stop, as after any other change.
 
 use std::ops::Range;
 
 use super::look::Look;
+use super::redirect::PreparedRedirect;
 use super::report::{Applied, Collected, Origin};
 use super::text_patch::PreparedText;
 use super::writing::may_go;
@@ -19,6 +21,15 @@ use crate::guest::{Gva, StoppedGuest};
 use crate::rules::{self, Rule};
 use crate::space::Located;
 use crate::tasks::Context;
+
+/// A change that can be part of a step.
+#[derive(Clone, Debug)]
+pub enum PreparedChange {
+    /// Of bytes.
+    Text(PreparedText),
+    /// Of where the callers of a function go.
+    Redirect(PreparedRedirect),
+}
 
 /// What a step changed, and who has to leave that.
 #[derive(Clone, Debug)]
@@ -66,22 +77,29 @@ impl Patcher {
     pub fn commit_step(
         &mut self,
         guest: &mut dyn StoppedGuest,
-        texts: &[PreparedText],
+        prepared: &[PreparedChange],
         origin: &Origin,
     ) -> Result<Step, PatchError> {
-        let mut changes: Vec<Applied> = Vec::with_capacity(texts.len());
-        for text in texts {
-            match self.commit_text(guest, text, origin) {
+        let mut changes: Vec<Applied> = Vec::with_capacity(prepared.len());
+        for change in prepared {
+            let made = match change {
+                PreparedChange::Text(text) => self.commit_text(guest, text, origin),
+                PreparedChange::Redirect(redirect) => self.commit_redirect(guest, redirect, origin),
+            };
+            match made {
                 Ok(change) => changes.push(change),
                 Err(error) => return Err(self.unseen(guest, &changes, origin, error)),
             }
         }
         match self.passage(guest, &changes) {
-            Ok(passage) => Ok(Step {
-                changes,
-                passage,
-                collected: Collected::default(),
-            }),
+            Ok(passage) => {
+                self.in_steps.extend(changes.iter().map(|change| change.id));
+                Ok(Step {
+                    changes,
+                    passage,
+                    collected: Collected::default(),
+                })
+            }
             Err(error) => Err(self.unseen(guest, &changes, origin, error)),
         }
     }
@@ -100,6 +118,17 @@ impl Patcher {
         undone.err().unwrap_or(why)
     }
 
+    /// Who takes back a part of a step breaks the order that the steps are for.
+    pub(super) fn is_no_part_of_steps(&self, id: EntryId) -> Result<(), PatchError> {
+        match self.in_steps.contains(&id) && self.ledger.get(id).is_some() {
+            false => Ok(()),
+            true => Err(PatchError::Request(format!(
+                "change {id} is part of ordered steps: take those back (steps-revert; query-steps lists \
+                 them)"
+            ))),
+        }
+    }
+
     /// Takes back all changes of a step, or none.
     ///
     /// # Errors
@@ -113,7 +142,7 @@ impl Patcher {
         let found = self.identify(guest)?;
         let check = self.check(&found, guest);
         check.idle()?;
-        // One that somebody took back by itself needs nothing any more.
+        // One that is gone with its module needs nothing any more.
         let there = changes.iter().filter_map(|id| self.ledger.get(*id));
         let entries: Vec<_> = there.cloned().collect();
         for entry in &entries {
@@ -124,6 +153,7 @@ impl Patcher {
         let mut taken = Vec::with_capacity(entries.len());
         for Applied { id, .. } in entries.into_iter().rev() {
             taken.push(self.unhook(guest, &found, id, id, origin)?.0);
+            self.in_steps.remove(&id);
         }
         Ok(Step {
             changes: taken,
@@ -180,6 +210,7 @@ impl Patcher {
             let parts = function.map(|function| self.know.parts(&function, found.slide));
             let parts = parts.iter().flatten();
             all.extend(parts.map(|part| part.start..part.end()));
+            all.extend(change.code.as_ref().map(|placed| placed.code.range()));
             let covers = |range: &Range<Gva>| range.start <= bytes.start && bytes.end <= range.end;
             if !all.iter().any(covers) {
                 all.push(bytes);

@@ -1,17 +1,17 @@
 //! Changes that come one after the other.
 
 use super::*;
-use patcher::patch::{PreparedText, Step};
+use patcher::patch::{PreparedChange, Step};
 
 /// A change of `expect` at `at` into nops.
-fn prepared(patcher: &Patcher, at: Gva, expect: &[u8]) -> PreparedText {
+fn prepared(patcher: &Patcher, at: Gva, expect: &[u8]) -> PreparedChange {
     let request = TextRequest {
         site: at.to_string().parse().unwrap(),
         expect: expect.to_vec(),
         write: nops(expect.len()),
         force: false,
     };
-    patcher.prepare_text(request).unwrap()
+    PreparedChange::Text(patcher.prepare_text(request).unwrap())
 }
 
 /// The first two instructions behind the entry: address and bytes.
@@ -64,6 +64,9 @@ fn all_changes_of_a_step_are_made_or_none() {
         let mut passage = step.passage.clone();
         assert!(passage.inside().is_empty());
         patcher.has_passed(&mut guest.image, &mut passage).unwrap();
+        let alone = patcher.revert(&mut guest.image, ids(&step)[0], &origin());
+        let error = alone.unwrap_err().to_string();
+        assert!(error.contains("ordered steps"), "{error}");
 
         let taken = patcher
             .revert_step(&mut guest.image, &ids(&step), &origin())
@@ -104,5 +107,34 @@ fn who_is_in_a_changed_function_has_to_leave_it_once() {
         guest.put_u64(other, second.0);
         patcher.has_passed(&mut guest.image, &mut passage).unwrap();
         assert!(passage.inside().is_empty());
+    }
+}
+
+#[test]
+fn who_is_in_new_code_has_to_leave_it_when_that_is_taken_back() {
+    for name in KERNELS {
+        let mut guest = guest(name);
+        let mut patcher = patcher(&guest);
+        let redirect = patcher.prepare_redirect(RedirectRequest {
+            site: FUNCTION.parse().unwrap(),
+            code: NewCode::Raw(vec![0x31, 0xc0, 0xc3]),
+        });
+        let change = PreparedChange::Redirect(redirect.unwrap());
+        let step = patcher
+            .commit_step(&mut guest.image, &[change], &origin())
+            .unwrap();
+        let code = step.changes[0].code.as_ref().unwrap().code;
+        let stack = guest.sleeper(57, "in new code");
+        guest.put_u64(stack, code.at.0 + 1);
+        let taken = patcher
+            .revert_step(&mut guest.image, &ids(&step), &origin())
+            .unwrap();
+        let mut passage = taken.passage.clone();
+        let error = patcher
+            .has_passed(&mut guest.image, &mut passage)
+            .unwrap_err();
+        assert!(error.to_string().contains("pid 57"), "{error}");
+        guest.put_u64(stack, 0);
+        patcher.has_passed(&mut guest.image, &mut passage).unwrap();
     }
 }

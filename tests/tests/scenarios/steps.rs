@@ -70,7 +70,11 @@ fn joined(apply: JoinHandle<Result<Value, QmpError>>) -> Result<Value, QmpError>
 /// The same as a person does it.
 fn by_command(guest: &Guest, steps: &Value) -> TestResult {
     let file = guest.dir().join("two.json");
-    std::fs::write(&file, json!({ "steps": steps }).to_string())?;
+    std::fs::copy(replacement("version"), guest.dir().join("new.o"))?;
+    let elsewhere = json!([{"site": "cmdline_proc_show", "object": "new.o"}]);
+    let mut all = steps.as_array().cloned().unwrap_or_default();
+    all.push(json!({"name": "elsewhere", "redirect": elsewhere}));
+    std::fs::write(&file, json!({ "steps": all }).to_string())?;
     guest
         .stillpoint(&["steps", "apply", &file.display().to_string()])?
         .ok()?;
@@ -81,6 +85,14 @@ fn by_command(guest: &Guest, steps: &Value) -> TestResult {
     );
     let listed: Value =
         serde_json::from_str(&guest.stillpoint(&["steps", "list", "--json"])?.ok()?)?;
+    let said = guest.sh("cat /proc/cmdline")?;
+    assert!(said.contains("Stillpoint"), "{said}");
+    for step in ["0", "2"] {
+        let change = listed.pointer(&format!("/steps/0/steps/{step}/changes/0"));
+        let id = change.map(ToString::to_string).unwrap_or_default();
+        let refused = guest.stillpoint(&["text", "revert", &id])?;
+        assert!(refused.stderr.contains("steps-revert"), "{refused:?}");
+    }
     let id = listed
         .pointer("/steps/0/id")
         .and_then(Value::as_u64)
@@ -88,6 +100,8 @@ fn by_command(guest: &Guest, steps: &Value) -> TestResult {
     guest
         .stillpoint(&["steps", "revert", &id.to_string()])?
         .ok()?;
+    let said = guest.sh("cat /proc/cmdline")?;
+    assert!(said.contains("console"), "{said}");
     let missing = guest.stillpoint(&["steps", "apply", "/nowhere"])?;
     assert_eq!(missing.status, 1, "{missing:?}");
     Ok(())

@@ -129,7 +129,7 @@ pub enum ClientCommand {
     /// Hold and release single vCPUs
     #[command(subcommand)]
     Vcpu(VcpuCommand),
-    /// Change bytes in named steps, each in force for everybody before the next
+    /// Change bytes and functions in named steps, each in force for everybody before the next
     #[command(subcommand)]
     Steps(StepsCommand),
 }
@@ -285,7 +285,8 @@ pub enum StepsCommand {
     /// Make all steps that FILE says, or none
     ///
     /// FILE holds JSON: {"steps": [{"name": "callers", "text": [{"site": "vfs_read+0x4", "expect":
-    /// "0f1f440000", "write": "6690666690"}]}, ...]}. The changes of a step are made in one stop.
+    /// "0f1f440000", "write": "6690666690"}], "redirect": [{"site": "vfs_write", "object": "new.o"}]},
+    /// ...]}, with either or both in a step; paths begin where FILE is. A step is made in one stop.
     /// Before the next step, everybody who was in a changed function then has to leave it once: `steps
     /// list` says who has not.
     Apply {

@@ -39,7 +39,7 @@ pub(super) struct TextPatch {
 
 #[derive(Deserialize, Debug)]
 #[serde(deny_unknown_fields)]
-struct TextRedirect {
+pub(super) struct TextRedirect {
     site: String,
     /// Path of a relocatable object, as this process sees it.
     object: Option<PathBuf>,
@@ -130,7 +130,7 @@ pub(super) fn text_request(arguments: TextPatch) -> Result<TextRequest, QmpError
     })
 }
 
-fn redirect_request(arguments: TextRedirect) -> Result<RedirectRequest, QmpError> {
+pub(super) fn redirect_request(arguments: TextRedirect) -> Result<RedirectRequest, QmpError> {
     let code = match (arguments.object, arguments.code, arguments.entry) {
         (Some(path), None, function) => NewCode::Object {
             file: object(&path)?,

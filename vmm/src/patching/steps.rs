@@ -10,11 +10,11 @@ mod plans;
 use std::time::{Duration, Instant};
 
 use patcher::guest::StoppedGuest;
-use patcher::patch::{EntryId, PatchError, Patcher, PreparedText, Step, TextRequest};
+use patcher::patch::{EntryId, PatchError, Patcher, PreparedChange, Step};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::commands::{TextPatch, invalid, origin, text_request};
+use super::commands::{TextPatch, TextRedirect, invalid, origin, redirect_request, text_request};
 use super::session::{Patching, WithStop};
 use crate::control::command::{Context, DeadlineArgument, NoArguments, Registry};
 use crate::control::protocol::{QmpError, Reason};
@@ -38,7 +38,18 @@ struct Apply {
 #[serde(deny_unknown_fields)]
 struct NamedStep {
     name: String,
+    /// Changes of bytes, as `text-patch` takes them.
+    #[serde(default)]
     text: Vec<TextPatch>,
+    /// Functions to send elsewhere, as `text-redirect` takes them.
+    #[serde(default)]
+    redirect: Vec<TextRedirect>,
+}
+
+impl NamedStep {
+    fn changes(&self) -> usize {
+        self.text.len() + self.redirect.len()
+    }
 }
 
 #[derive(Deserialize, Debug)]
@@ -118,9 +129,9 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
 fn prepared(
     patching: &Patching,
     steps: Vec<NamedStep>,
-) -> Result<Vec<(String, Vec<PreparedText>)>, QmpError> {
-    let changes: usize = steps.iter().map(|step| step.text.len()).sum();
-    if steps.iter().any(|step| step.text.is_empty()) || changes == 0 {
+) -> Result<Vec<(String, Vec<PreparedChange>)>, QmpError> {
+    let changes: usize = steps.iter().map(NamedStep::changes).sum();
+    if steps.iter().any(|step| step.changes() == 0) || changes == 0 {
         return Err(invalid("steps", "give at least one, each with a change"));
     }
     if let Some(step) = steps.iter().find(|step| step.name.len() > MAX_NAME) {
@@ -131,26 +142,42 @@ fn prepared(
         let text = format!("{changes} changes; {MAX_CHANGES} can be made in steps");
         return Err(invalid("steps", text));
     }
-    let prepare = |request: TextRequest| patching.with(|patcher| patcher.prepare_text(request));
     let step = |step: NamedStep| {
-        let requests = step.text.into_iter().map(text_request);
-        let texts = requests.map(|request| prepare(request?));
-        Ok((step.name, texts.collect::<Result<_, QmpError>>()?))
+        let mut changes = Vec::with_capacity(step.changes());
+        for text in step.text {
+            let request = text_request(text)?;
+            let prepared = patching.with(|patcher| patcher.prepare_text(request))?;
+            changes.push(PreparedChange::Text(prepared));
+        }
+        for redirect in step.redirect {
+            let request = redirect_request(redirect)?;
+            let prepared = patching.with(|patcher| patcher.prepare_redirect(request))?;
+            changes.push(PreparedChange::Redirect(prepared));
+        }
+        Ok((step.name, changes))
     };
-    steps.into_iter().map(step).collect()
+    let prepared: Vec<_> = steps
+        .into_iter()
+        .map(step)
+        .collect::<Result<_, QmpError>>()?;
+    let mut all = prepared.iter().flat_map(|(_, changes)| changes);
+    if all.any(|change| matches!(change, PreparedChange::Redirect(_))) {
+        patching.get_arena_ready();
+    }
+    Ok(prepared)
 }
 
 impl Work<'_> {
     fn apply(
         &self,
-        steps: &[(String, Vec<PreparedText>)],
+        steps: &[(String, Vec<PreparedChange>)],
         within: Duration,
     ) -> Result<WithStop<Plan>, QmpError> {
         let until = Instant::now() + within;
         let mut stops = None;
-        for (index, (_, texts)) in steps.iter().enumerate() {
+        for (index, (_, changes)) in steps.iter().enumerate() {
             let last = index + 1 == steps.len();
-            let made = self.one(index, texts, until, last);
+            let made = self.one(index, changes, until, last);
             let made = made.map_err(|error| {
                 let taken = self.take_back(within);
                 self.plans.settled(self.id);
@@ -175,7 +202,7 @@ impl Work<'_> {
     fn one(
         &self,
         index: usize,
-        texts: &[PreparedText],
+        changes: &[PreparedChange],
         until: Instant,
         last: bool,
     ) -> Result<WithStop<()>, QmpError> {
@@ -184,7 +211,7 @@ impl Work<'_> {
             self.patching
                 .stopped(self.context, self.command, left(until), |patcher, guest| {
                     self.is_wanted()?;
-                    patcher.commit_step(guest, texts, &origin)
+                    patcher.commit_step(guest, changes, &origin)
                 })?;
         self.is(index, StepState::Applied, made.answer());
         let passed = self.pass(index, made.answer(), until, StepState::Passed);

@@ -284,6 +284,11 @@ fn steps(command: StepsCommand) -> Result<Request, ClientError> {
             };
             let text = std::fs::read_to_string(&file).map_err(failed)?;
             let mut asked: Value = serde_json::from_str(&text).map_err(|e| failed(e.into()))?;
+            for object in objects(&mut asked) {
+                if let Some(path) = object.as_str() {
+                    *object = json!(absolute(&beside(&file, path))?);
+                }
+            }
             if let (Some(members), Some(deadline)) = (asked.as_object_mut(), deadline) {
                 members.insert("deadline".into(), json!(deadline.as_millis()));
             }
@@ -296,6 +301,21 @@ fn steps(command: StepsCommand) -> Result<Request, ClientError> {
         StepsCommand::Cancel { id } => ask("steps-cancel", json!({ "id": id })),
         StepsCommand::List => ask("query-steps", json!({})),
     })
+}
+
+/// The object files that steps name.
+fn objects(steps: &mut Value) -> impl Iterator<Item = &mut Value> {
+    fn redirects(step: &mut Value) -> Option<&mut Vec<Value>> {
+        step.get_mut("redirect")?.as_array_mut()
+    }
+    let steps = steps.get_mut("steps").and_then(Value::as_array_mut);
+    let all = steps.into_iter().flatten().filter_map(redirects).flatten();
+    all.filter_map(|redirect| redirect.get_mut("object"))
+}
+
+/// A path that is given in a file: it begins where that is.
+fn beside(file: &Path, path: &str) -> PathBuf {
+    file.parent().unwrap_or(Path::new("")).join(path)
 }
 
 fn vcpu(command: VcpuCommand) -> Request {
