@@ -197,6 +197,29 @@ fn cpu_goes_and_comes(lab: &mut Lab) -> TestResult {
     all_freed(&mut lab.qmp)
 }
 
+/// A permanent probe is taken out: its site passes straight through until another one comes, and in the
+/// end is as it was.
+fn stays_hooked(lab: &mut Lab) -> TestResult {
+    let first = lab.attach("version_proc_show", json!({"permanent": true}))?;
+    let version = lab.guest.sh("cat /proc/version")?;
+    assert_eq!(lab.detach(&[first])?, [1]);
+    let hooked = lab.qmp.execute("query-trampolines", json!({}))?;
+    let one = &hooked["trampolines"][0];
+    assert_eq!(
+        (&one["state"], &one["probes"], &one["permanent"]),
+        (&json!("hooked"), &json!([]), &json!(true)),
+        "{hooked}"
+    );
+    let change = one["id"].clone();
+    assert_eq!(lab.guest.sh("cat /proc/version")?, version);
+    let second = lab.attach("version_proc_show", json!({"return": true}))?;
+    lab.guest.sh("cat /proc/version")?;
+    assert_eq!(lab.detach(&[second])?, [1]);
+    lab.qmp.execute("text-revert", json!({"id": change}))?;
+    assert_eq!(lab.guest.sh("cat /proc/version")?, version);
+    all_freed(&mut lab.qmp)
+}
+
 fn in_modules(kernel: &str) -> TestResult {
     let mut lab = Lab::boot(kernel)?;
     lab.load()?;
@@ -204,6 +227,7 @@ fn in_modules(kernel: &str) -> TestResult {
     redirected_and_held(&mut lab)?;
     removed(&mut lab)?;
     cpu_goes_and_comes(&mut lab)?;
+    stays_hooked(&mut lab)?;
     assert_eq!(lab.guest.complaints()?, "");
     println!("modules: {kernel}: probes counted exactly, and were gone with their module");
     Ok(())
@@ -215,6 +239,7 @@ fn sites_in_modules_on_6_12() -> TestResult {
 }
 
 #[test]
+#[cfg(feature = "full")]
 fn sites_in_modules_on_6_1() -> TestResult {
     on_kvm(|| in_modules("6.1"))
 }

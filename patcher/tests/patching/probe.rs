@@ -327,3 +327,50 @@ fn what_an_earlier_trampoline_uses_stays_as_long_as_that() {
     let freed = patcher.collect(&mut guest.image).unwrap().freed;
     assert_eq!(freed, [second.id, first.id]);
 }
+
+#[test]
+fn a_permanent_site_stays_hooked_without_probes() {
+    for name in KERNELS {
+        let mut guest = guest(name);
+        let mut patcher = patcher(&guest);
+        let start = guest.at(FUNCTION);
+        let before = guest.get(start, 16);
+        let request = ProbeRequest {
+            permanent: true,
+            ..ProbeRequest::counting(FUNCTION.parse().unwrap())
+        };
+        let prepared = patcher.prepare_probe(request).unwrap();
+        let first = patcher
+            .attach_probe(&mut guest.image, &prepared, &origin())
+            .unwrap();
+        let change = change_of(&patcher, &first.probe).id;
+        patcher
+            .detach_probe(&mut guest.image, first.probe.id, &origin())
+            .unwrap();
+        assert_eq!(patcher.probes_at(change), Some((vec![], true)));
+        let listing = patcher.list();
+        assert!(listing.retired.is_empty(), "{:?}", listing.retired);
+        // What passes straight through: what was displaced, and a jump.
+        let entry = &listing.applied[0];
+        assert!(
+            entry.code.as_ref().unwrap().code.len <= 16,
+            "{:?}",
+            entry.code
+        );
+        let plain = ProbeRequest::counting(FUNCTION.parse().unwrap());
+        let prepared = patcher.prepare_probe(plain).unwrap();
+        let again = patcher
+            .attach_probe(&mut guest.image, &prepared, &origin())
+            .unwrap();
+        assert_eq!(
+            patcher.probes_at(change),
+            Some((vec![again.probe.id], true))
+        );
+        patcher
+            .detach_probe(&mut guest.image, again.probe.id, &origin())
+            .unwrap();
+        patcher.revert(&mut guest.image, change, &origin()).unwrap();
+        assert!(patcher.list().applied.is_empty() && patcher.list().retired.is_empty());
+        assert_eq!(guest.get(start, 16), before);
+    }
+}

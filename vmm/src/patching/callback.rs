@@ -61,6 +61,9 @@ pub(super) struct Attach {
     only_if_called: Option<String>,
     /// At the return: how much the function's callers put on the stack for it.
     stack_words: Option<u32>,
+    /// The site stays hooked when its last probe is taken out.
+    #[serde(default)]
+    permanent: bool,
     data: Option<NumberArgument>,
     priority: Option<i32>,
     #[serde(default)]
@@ -95,7 +98,7 @@ impl Attach {
         let priority = self.priority.unwrap_or(0);
         let only_if = predicate("if", self.only_if.as_deref())?;
         let only_if_called = predicate("if-called", self.only_if_called.as_deref())?;
-        let stack_words = self.stack_words;
+        let (stack_words, permanent) = (self.stack_words, self.permanent);
         let when = match self.returned {
             true => When::Returned,
             false => When::Reached,
@@ -109,6 +112,7 @@ impl Attach {
             only_if,
             only_if_called,
             stack_words,
+            permanent,
             callback: callback.clone(),
         });
         Ok(all.collect())
@@ -119,6 +123,10 @@ impl Attach {
         let site = self.sites.as_ref().and_then(|sites| sites.first());
         let site = self.site.as_ref().or(site).map(String::as_str);
         let name = given("name", self.name.as_deref(), ("site", site))?;
+        if self.permanent {
+            let why = "a tracepoint is the guest's own: nothing of its text is changed";
+            return Err(invalid("permanent", why));
+        }
         let of_functions = [
             ("return", self.returned),
             ("if-called", self.only_if_called.is_some()),

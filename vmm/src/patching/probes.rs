@@ -2,7 +2,9 @@
 //! `query-trampolines`.
 
 use patcher::guest::Gva;
-use patcher::patch::{AllDetached, Applied, Collected, Detached, EntryId, Kind, NewProbe, Retired};
+use patcher::patch::{
+    AllDetached, Applied, Collected, Detached, EntryId, Kind, NewProbe, Patcher, Retired,
+};
 use serde::{Deserialize, Serialize};
 
 use super::callback::Attach;
@@ -71,6 +73,12 @@ struct Trampoline {
     kind: Option<Kind>,
     #[serde(skip_serializing_if = "Option::is_none")]
     place: Option<String>,
+    /// The probes that act in it, for a site with probes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probes: Option<Vec<EntryId>>,
+    /// It stays when no probe is left, and passes straight through.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    permanent: Option<bool>,
     code: Gva,
     code_bytes: u64,
     data_bytes: u64,
@@ -100,9 +108,12 @@ struct Trampolines {
 }
 
 impl Trampoline {
-    fn hooked(entry: &Applied) -> Option<Self> {
+    fn hooked(entry: &Applied, patcher: &Patcher) -> Option<Self> {
         let placed = entry.code.as_ref()?;
+        let (probes, permanent) = patcher.probes_at(entry.id).unzip();
         Some(Self {
+            probes,
+            permanent,
             id: entry.id,
             state: State::Hooked,
             kind: Some(entry.kind),
@@ -125,6 +136,8 @@ impl Trampoline {
             },
             kind: None,
             place: None,
+            probes: None,
+            permanent: None,
             code: retired.code.at,
             code_bytes: retired.code.len
                 + retired.callbacks.iter().map(|slot| slot.len).sum::<u64>(),
@@ -199,12 +212,14 @@ pub(super) fn register(registry: &mut Registry, patching: &Patching) {
     });
     let p = patching.clone();
     registry.slow("query-trampolines", move |_, _: NoArguments| {
-        let listing = p.with(|patcher| Ok(patcher.list()))?;
-        let hooked = listing.applied.iter().chain(&listing.held);
-        let hooked = hooked.filter_map(Trampoline::hooked);
-        let retired = listing.retired.iter().map(Trampoline::retired);
-        Ok(Trampolines {
-            trampolines: hooked.chain(retired).collect(),
+        p.with(|patcher| {
+            let listing = patcher.list();
+            let hooked = listing.applied.iter().chain(&listing.held);
+            let hooked = hooked.filter_map(|entry| Trampoline::hooked(entry, patcher));
+            let retired = listing.retired.iter().map(Trampoline::retired);
+            Ok(Trampolines {
+                trampolines: hooked.chain(retired).collect(),
+            })
         })
     });
 }

@@ -2,7 +2,8 @@
 //!
 //! A site with probes is one change of the text: a jump to a trampoline that does what all of them
 //! ask for. Another set of probes is another trampoline: the jump is changed in one stop, and the
-//! old trampoline is retired together with what only it had.
+//! old trampoline is retired together with what only it had. A site with a permanent probe keeps a
+//! trampoline when no probe is left, which passes straight through.
 
 mod callback;
 mod report;
@@ -40,6 +41,8 @@ pub(super) struct ProbeSite {
     variables: Option<Variables>,
     /// What is known of the function's return, when a probe has asked for it.
     returning: Option<Returning>,
+    /// It stays hooked without a probe.
+    permanent: bool,
     attached: Vec<Attached>,
 }
 
@@ -83,6 +86,7 @@ impl ProbeSite {
     /// Takes note of what a probe needs that comes to it.
     fn needs(&mut self, prepared: &PreparedProbe, returning: Option<Returning>) {
         self.variables = self.variables.or(prepared.variables);
+        self.permanent |= prepared.permanent;
         let words = |known: &Returning| known.stack_words;
         self.returning = [self.returning, returning]
             .into_iter()
@@ -149,6 +153,7 @@ impl Patcher {
             entry: place.entry,
             variables: prepared.variables,
             returning,
+            permanent: prepared.permanent,
             attached: Vec::new(),
         };
         let ready = self.put_callback(guest, found, prepared, at)?;
@@ -243,7 +248,8 @@ impl Patcher {
         Ok(new)
     }
 
-    /// Detaches a probe, and frees retired code that nobody is in.
+    /// Detaches a probe, and frees retired code that nobody is in. A site with a permanent probe stays
+    /// hooked; [`Patcher::revert`] of its change ends that.
     ///
     /// # Errors
     /// Those of [`Patcher::revert`]; [`PatchError::NoSuchProbe`] for what is no probe.
@@ -302,6 +308,13 @@ impl Patcher {
         })
     }
 
+    /// The probes of a change that is a site with probes, and whether it stays hooked without any.
+    #[must_use]
+    pub fn probes_at(&self, change: EntryId) -> Option<(Vec<EntryId>, bool)> {
+        let site = self.sites.get(&change)?;
+        Some((self.probes_of(change), site.permanent))
+    }
+
     /// The probes that are in a change.
     pub(super) fn probes_of(&self, change: EntryId) -> Vec<EntryId> {
         let site = self.sites.get(&change);
@@ -333,7 +346,7 @@ impl Patcher {
         let (change, index) = self.probe_at(id)?;
         let probe = self.probe_info(&&*guest, change, id)?;
         let site = self.site(change)?;
-        if site.attached.len() == 1 {
+        if site.attached.len() == 1 && !site.permanent {
             let (entry, evidence) = self.unhook(guest, found, change, id, origin)?;
             return Ok(Gone {
                 probe,

@@ -29,6 +29,9 @@ pub struct ProbeRequest {
     /// At the return: words of arguments that the function has on the stack, at most. Without it, as
     /// many as the kernel's types tell.
     pub stack_words: Option<u32>,
+    /// The site stays hooked when its last probe is taken out: its trampoline does nothing then, and
+    /// the next probe finds the jump there.
+    pub permanent: bool,
 }
 
 impl ProbeRequest {
@@ -44,6 +47,7 @@ impl ProbeRequest {
             only_if: None,
             only_if_called: None,
             stack_words: None,
+            permanent: false,
         }
     }
 }
@@ -61,6 +65,7 @@ pub struct PreparedProbe {
     pub(super) only_if: Option<Predicate>,
     pub(super) only_if_called: Option<Predicate>,
     pub(super) stack_words: Option<u32>,
+    pub(super) permanent: bool,
     /// What is known of the function's return; nothing yet where `link` is unknown.
     pub(super) returning: Option<Returning>,
     pub(super) variables: Option<Variables>,
@@ -107,6 +112,7 @@ impl Patcher {
             only_if: request.only_if,
             only_if_called: request.only_if_called,
             stack_words: request.stack_words,
+            permanent: request.permanent,
             returning: known,
             variables,
         })
@@ -135,6 +141,7 @@ impl PreparedProbe {
             only_if: None,
             only_if_called: None,
             stack_words: None,
+            permanent: false,
             returning: None,
             variables: Some(variables),
         })

@@ -73,7 +73,8 @@ pub enum ProbeCommand {
     /// So whoever is in the function, asleep or not, holds the trampoline up by name until he leaves;
     /// a probe that was taken out meanwhile does not act for him any more. The guest does not know that
     /// code: what its own /proc/PID/stack shows ends there, what its other backtraces print goes on with
-    /// question marks, and its own livepatching waits for such a task. `stacks` goes on. Functions that never return, or return in another task, are refused.
+    /// question marks, and its own livepatching waits for such a task. `stacks` goes on. Functions that
+    /// never return, or return in another task, are refused.
     Attach {
         /// `symbol`, `symbol+0x12`, `symbol@2+0x12` or an address; several are one change
         #[arg(required = true)]
@@ -84,6 +85,11 @@ pub enum ProbeCommand {
         /// When it does it
         #[command(flatten)]
         returns: ReturnOptions,
+        /// Leave the site hooked when its last probe is taken out: its trampoline passes straight
+        /// through then, and the next probe is attached sooner. `trampolines` shows such sites; `text
+        /// revert` with the number of the change ends it
+        #[arg(long)]
+        permanent: bool,
         /// How long to try, such as 500ms or 5s
         #[arg(long, value_name = "TIME")]
         deadline: Option<Deadline>,

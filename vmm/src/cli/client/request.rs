@@ -210,6 +210,7 @@ fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
             mut sites,
             callback,
             returns,
+            permanent,
             deadline,
         } => {
             let place = match (sites.pop(), sites.is_empty()) {
@@ -219,7 +220,11 @@ fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
                     ("sites", all.collect())
                 }
             };
-            ask("probe-attach", attach(place, *callback, returns, deadline)?)
+            let mut arguments = attach(place, *callback, returns, deadline)?;
+            if let Some(members) = arguments.as_object_mut().filter(|_| permanent) {
+                members.insert("permanent".into(), json!(true));
+            }
+            ask("probe-attach", arguments)
         }
         ProbeCommand::Detach { ids, deadline } => {
             let (name, which) = match ids.as_slice() {

@@ -142,11 +142,20 @@ pub(in super::super) fn trampolines(answer: &Value) -> String {
             (_, Some(by)) => by.iter().map(plain).collect::<Vec<_>>().join(", "),
             _ => String::new(),
         };
+        let probes = one["probes"].as_array().map(|all| {
+            let all: Vec<_> = all.iter().map(plain).collect();
+            match (one["permanent"].as_bool(), all.is_empty()) {
+                (Some(true), true) => "none, permanent".to_owned(),
+                (Some(true), false) => format!("{}, permanent", all.join(", ")),
+                _ => all.join(", "),
+            }
+        });
         json!({
             "change": one["id"],
             "state": one["state"],
             "kind": one.get("kind").map(plain).unwrap_or_default(),
             "place": one.get("place").map(plain).unwrap_or_default(),
+            "probes": probes.unwrap_or_default(),
             "code": plain(&one["code"]),
             "bytes": one["code-bytes"],
             "data": one["data-bytes"],
@@ -228,5 +237,10 @@ mod tests {
             "data-bytes": 16, "held-by": ["dd (pid 9)"], "since-ms": 5,
         }]});
         assert!(trampolines(&answer).contains("dd (pid 9)"));
+        let answer = json!({"trampolines": [{
+            "id": 1, "state": "hooked", "code": "0xffffffffff800000", "code-bytes": 16,
+            "data-bytes": 0, "held-by": [], "probes": [], "permanent": true,
+        }]});
+        assert!(trampolines(&answer).contains("none, permanent"));
     }
 }
