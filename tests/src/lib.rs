@@ -36,7 +36,7 @@ pub mod tally;
 mod trampolines;
 
 pub use boot::Boot;
-pub use disassembly::{Instruction, instructions, symbol};
+pub use disassembly::{Instruction, KernelText, instructions, number, symbol};
 pub use extent::all_or;
 pub use failure::{Failure, TestResult};
 pub use guest::Guest;

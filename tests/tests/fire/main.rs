@@ -1,0 +1,155 @@
+//! Everything at once, for as long as it takes, and a guest that means harm.
+//!
+//! `STILLPOINT_FIRE_SEED` repeats what was chosen, though not who came when; each run prints its seed.
+
+mod client;
+mod figures;
+mod load;
+mod random;
+mod sites;
+mod text;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde_json::{Value, json};
+use stillpoint_tests::{Failure, Guest, Qmp, TestResult, all_freed, all_or, on_kvm};
+
+use client::{Client, Duty};
+use figures::Figures;
+use random::Random;
+use sites::Sites;
+use text::Text;
+
+/// vCPUs of the guest.
+const CPUS: u32 = 4;
+const KERNEL: &str = "6.12";
+
+/// What to begin with.
+fn seed() -> Result<u64, Failure> {
+    match std::env::var("STILLPOINT_FIRE_SEED") {
+        Ok(text) => text
+            .parse()
+            .map_err(|_| Failure::new(format!("STILLPOINT_FIRE_SEED is no number: {text}"))),
+        Err(_) => {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+            Ok(u64::from(now.subsec_nanos()) ^ now.as_secs())
+        }
+    }
+}
+
+/// Several clients at once, each on a thread of its own, until `length` is over.
+fn fire(guest: &Guest, sites: &Arc<Sites>, seed: u64, length: Duration) -> Result<Figures, Failure> {
+    let failed = Arc::new(AtomicBool::new(false));
+    let until = Instant::now() + length;
+    let duties = [Duty::Probes, Duty::Probes, Duty::Everything];
+    let mut threads = Vec::new();
+    for (number, duty) in (1..).zip(duties) {
+        let random = Random::new(seed).fork(number);
+        let client = Client::new(&guest.socket(), random, Arc::clone(sites), duty)?;
+        let failed = Arc::clone(&failed);
+        threads.push(std::thread::spawn(move || {
+            let run = client.run(until, &failed);
+            failed.fetch_or(run.is_err(), Ordering::Relaxed);
+            run.map_err(|error| error.to_string())
+        }));
+    }
+    let mut all = Figures::default();
+    let mut errors = Vec::new();
+    for thread in threads {
+        match thread.join() {
+            Ok(Ok(figures)) => all.add(&figures),
+            Ok(Err(error)) => errors.push(error),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+    match errors.is_empty() {
+        true => Ok(all),
+        false => Err(Failure::new(errors.join("\n"))),
+    }
+}
+
+/// A number of the guest's that callbacks count in; it is 0 from now on.
+fn counted(guest: &Guest, name: &str) -> Result<u64, Failure> {
+    let file = format!("/proc/sys/kernel/{name}");
+    let said = guest.sh(&format!("cat {file}; echo 0 >{file}"))?;
+    let parsed = said.trim().parse::<i32>();
+    let number = parsed.map_err(|_| Failure::new(format!("{name}: {said}")))?;
+    Ok(u64::from(number.cast_unsigned()))
+}
+
+/// Nothing of ours is in the guest, and no room in the arena is taken.
+fn accounted_for(qmp: &mut Qmp) -> TestResult {
+    all_freed(qmp)?;
+    for (command, name) in [
+        ("query-probes", "probes"),
+        ("query-tracepoints", "tracepoints"),
+        ("query-steps", "steps"),
+        ("query-holdouts", "holdouts"),
+        ("query-text", "applied"),
+        ("query-text", "held"),
+        ("query-text", "retired"),
+    ] {
+        let told = qmp.execute(command, json!({}))?;
+        assert_eq!(told[name], json!([]), "{command}");
+    }
+    let told = qmp.execute("query-text", json!({}))?;
+    for name in ["code-used", "code-slots", "data-used"] {
+        assert_eq!(told["arena"][name], json!(0), "{}", told["arena"]);
+    }
+    Ok(())
+}
+
+#[test]
+fn under_fire() -> TestResult {
+    on_kvm(|| {
+        let seed = seed()?;
+        let length = Duration::from_secs(all_or(600, 30));
+        println!("under fire: STILLPOINT_FIRE_SEED={seed}");
+        let guest = Guest::boot(KERNEL).cpus(CPUS).memory("512M").start()?;
+        let mut qmp = guest.control()?;
+        let sites = Arc::new(Sites::of(&mut qmp, KERNEL)?);
+        // Once without us: what the guest makes of its own text when it does all that is no difference.
+        load::begin(&guest, 600, CPUS)?;
+        guest.sh("sleep 1")?;
+        load::end(&guest)?;
+        for name in ["panic", "perf_event_mlock_kb"] {
+            counted(&guest, name)?;
+        }
+        let before = Text::copy(&guest, &mut qmp)?;
+
+        load::begin(&guest, 2 * length.as_secs() + 600, 2 * CPUS)?;
+        let begun = Instant::now();
+        let figures = fire(&guest, &sites, seed, length)?;
+        let took = begun.elapsed();
+        let rounds = load::end(&guest)?;
+        accounted_for(&mut qmp)?;
+        text::explained(&mut qmp)?;
+        let after = Text::copy(&guest, &mut qmp)?;
+        let differences = before.differences(&after, &mut qmp)?;
+        assert!(differences.is_empty(), "{}", differences.join("\n"));
+        assert_eq!(before.checksum(), after.checksum());
+        assert_eq!(guest.complaints()?, "");
+        let status = qmp.execute("query-status", json!({}))?;
+        assert_eq!(status["running"], Value::Bool(true), "{status}");
+        assert_eq!(counted(&guest, "panic")?, 0, "with another's data");
+        // Whoever was on his way to a callback when it was taken out has called it since.
+        let right = counted(&guest, "perf_event_mlock_kb")?;
+        let most = figures.called + 2 * u64::from(CPUS) * figures.checked;
+        assert!(
+            (figures.called..=most).contains(&right) && right > 0,
+            "{right} right calls; {figures}"
+        );
+        assert!(figures.hits > 0 && figures.transitions > 50, "{figures}");
+        println!(
+            "under fire: {} transitions in {:.0} s, {:.1} a second; {figures}; the guest made {rounds}; text \
+             {:#x} as before",
+            figures.transitions,
+            took.as_secs_f64(),
+            f64::from(u32::try_from(figures.transitions)?) / took.as_secs_f64(),
+            after.checksum()
+        );
+        Ok(())
+    })
+}

@@ -1,0 +1,223 @@
+//! Where probes are put: functions that the guest runs all the time, and any others.
+
+use std::collections::HashMap;
+
+use serde_json::{Value, json};
+use stillpoint_tests::{Failure, KernelText, Qmp, number};
+
+use super::random::Random;
+
+/// Functions that a guest comes by often when it does what guest-images/programs/storm.c does.
+const OFTEN: &[&str] = &[
+    "__alloc_pages_noprof",
+    "__fput",
+    "__handle_mm_fault",
+    "__mmap_region",
+    "__send_signal_locked",
+    "__sys_setpgid",
+    "__vm_munmap",
+    "__x64_sys_clone",
+    "__x64_sys_exit_group",
+    "__x64_sys_getppid",
+    "__x64_sys_kill",
+    "__x64_sys_mmap",
+    "__x64_sys_munmap",
+    "__x64_sys_nanosleep",
+    "__x64_sys_read",
+    "__x64_sys_sched_yield",
+    "__x64_sys_setitimer",
+    "__x64_sys_wait4",
+    "__x64_sys_write",
+    "account_process_tick",
+    "alarm_timer",
+    "alloc_pid",
+    "anon_pipe_write",
+    "begin_new_exec",
+    "bprm_execve",
+    "copy_process",
+    "copy_page_range",
+    "dequeue_task_fair",
+    "do_anonymous_page",
+    "do_exit",
+    "do_filp_open",
+    "do_mmap",
+    "do_sys_openat2",
+    "do_wait",
+    "dup_mm",
+    "enqueue_task_fair",
+    "exit_mmap",
+    "free_unref_page",
+    "get_signal",
+    "handle_mm_fault",
+    "hrtimer_interrupt",
+    "hrtimer_nanosleep",
+    "hrtimer_start_range_ns",
+    "it_real_fn",
+    "jiffies_to_msecs",
+    "kmem_cache_free",
+    "ktime_get",
+    "kernel_clone",
+    "lock_mm_and_find_vma",
+    "meminfo_proc_show",
+    "mmput",
+    "path_openat",
+    "pipe_read",
+    "pipe_write",
+    "proc_pid_status",
+    "release_task",
+    "rcu_core",
+    "sched_clock_cpu",
+    "sched_tick",
+    "scheduler_tick",
+    "seq_printf",
+    "seq_read_iter",
+    "show_map_vma",
+    "task_tick_fair",
+    "tick_nohz_idle_enter",
+    "tick_sched_handle",
+    "timerqueue_add",
+    "try_to_wake_up",
+    "unmap_region",
+    "update_curr",
+    "update_process_times",
+    "version_proc_show",
+    "vfs_open",
+    "vfs_read",
+    "vfs_write",
+    "vma_interval_tree_insert",
+    "wake_up_new_task",
+    "zap_pte_range",
+];
+
+/// Who calls these may not come back for minutes, and a probe of their return waits for them.
+const SLEEPS_LONG: &[&str] = &[
+    "schedule",
+    "do_wait",
+    "kthread",
+    "rcu_",
+    "wait_",
+    "do_sys_poll",
+    "ep_poll",
+    "do_select",
+    "core_sys_select",
+    "kern_select",
+    "smpboot_",
+    "io_schedule",
+    "kcompactd",
+    "kswapd",
+    "khugepaged",
+    "oom_reaper",
+    "tty_",
+    "n_tty_",
+    "freezer",
+];
+
+/// A function of the guest.
+#[derive(Clone, Debug)]
+pub(crate) struct Function {
+    pub(crate) name: String,
+    pub(crate) address: u64,
+    size: u64,
+}
+
+/// A place for a probe.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// As a request has it.
+    pub(crate) site: String,
+    pub(crate) address: u64,
+    /// The function begins there.
+    pub(crate) entry: bool,
+    /// Who calls the function comes back soon.
+    pub(crate) returns: bool,
+}
+
+/// All functions of the guest's kernel that have a name of their own.
+#[derive(Debug)]
+pub(crate) struct Sites {
+    text: KernelText,
+    all: Vec<Function>,
+    often: Vec<Function>,
+}
+
+impl Sites {
+    pub(crate) fn of(qmp: &mut Qmp, kernel: &str) -> Result<Self, Failure> {
+        let told = qmp.execute("query-symbols", json!({"pattern": "*", "limit": 100_000}))?;
+        let symbols = told["symbols"].as_array().into_iter().flatten();
+        let is_text = |symbol: &&Value| symbol["type"] == "T" || symbol["type"] == "t";
+        let mut found: HashMap<&str, Vec<Function>> = HashMap::new();
+        for symbol in symbols.filter(is_text) {
+            let name = symbol["name"].as_str().unwrap_or_default();
+            let (address, size) = (number(&symbol["address"]), symbol["size"].as_u64());
+            if let (Some(address), Some(size @ 16..)) = (address, size) {
+                found.entry(name).or_default().push(Function {
+                    name: name.to_owned(),
+                    address,
+                    size,
+                });
+            }
+        }
+        let single = found.into_values().filter(|all| all.len() == 1);
+        let mut all: Vec<_> = single.flatten().collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        let is_often = |function: &&Function| OFTEN.contains(&function.name.as_str());
+        let often: Vec<_> = all.iter().filter(is_often).cloned().collect();
+        if all.len() < 10_000 || often.len() < 40 {
+            let text = format!("{} functions, {} of them usual", all.len(), often.len());
+            return Err(Failure::new(text));
+        }
+        Ok(Self {
+            text: KernelText::of(qmp, kernel)?,
+            all,
+            often,
+        })
+    }
+
+    /// Any function, but more likely one that the guest comes by often.
+    fn function(&self, random: &mut Random) -> Option<&Function> {
+        match random.percent(65) {
+            true => random.one_of(&self.often),
+            false => random.one_of(&self.all),
+        }
+    }
+
+    /// A function's entry or any of its instructions; now and then no instruction at all.
+    pub(crate) fn place(&self, random: &mut Random) -> Option<Place> {
+        let function = self.function(random)?;
+        let boundaries = self.text.instructions(function.address, function.size)?;
+        let entry = entry(&boundaries.first()?.bytes);
+        let offset = match random.below(20) {
+            0..=9 => entry,
+            10..=18 => random.one_of(&boundaries)?.offset,
+            _ => random.below(function.size),
+        };
+        let address = function.address + offset;
+        let site = match random.percent(80) {
+            true => format!("{}+{offset:#x}", function.name),
+            false => format!("{address:#x}"),
+        };
+        let long = |start: &&str| function.name.starts_with(*start);
+        Some(Place {
+            site,
+            address,
+            entry: offset == entry,
+            returns: !SLEEPS_LONG.iter().any(|start| long(&start)),
+        })
+    }
+
+    /// Where the tracer's nop is in a function that runs often.
+    pub(crate) fn nop(&self, random: &mut Random) -> Option<String> {
+        let function = random.one_of(&self.often)?;
+        let boundaries = self.text.instructions(function.address, function.size)?;
+        let entry = entry(&boundaries.first()?.bytes);
+        Some(format!("{}+{entry:#x}", function.name))
+    }
+}
+
+/// Where the tracer's nop is: behind the landing place of indirect calls, where there is one.
+fn entry(first: &[u8]) -> u64 {
+    match first {
+        [0xf3, 0x0f, 0x1e, 0xfa] => 4,
+        _ => 0,
+    }
+}
