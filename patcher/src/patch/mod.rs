@@ -19,6 +19,7 @@ mod knowledge;
 mod ledger;
 mod look;
 mod module_text;
+mod marks;
 mod patcher;
 mod placing;
 mod probe;

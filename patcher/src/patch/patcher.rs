@@ -9,6 +9,7 @@ use super::hook::{Hook, Lead, Means};
 use super::knowledge::Knowledge;
 use super::ledger::Ledger;
 use super::module_text::ModuleTexts;
+use super::marks::Marks;
 use super::probe::ProbeSites;
 use super::redirect::{PreparedRedirect, RedirectRequest};
 use super::report::{
@@ -19,7 +20,7 @@ use super::text_patch::{PreparedText, TextRequest};
 use super::tracepoint::Tracepoints;
 use super::trap::TrapHandler;
 use super::unloaded::InModules;
-use super::writing::{change, is_there, may_go, unmark};
+use super::writing::{change, is_there, may_go};
 use super::{EntryId, PatchError};
 use crate::Kernel;
 use crate::arena::Arena;
@@ -58,6 +59,8 @@ pub struct Patcher {
     pub(super) modules: ModuleTexts,
     /// Changes in modules, and what has become of them.
     pub(super) in_modules: InModules,
+    /// What ftrace is still kept away from.
+    pub(super) marks: Marks,
 }
 
 impl Patcher {
@@ -80,6 +83,7 @@ impl Patcher {
             in_steps: BTreeSet::new(),
             modules: ModuleTexts::default(),
             in_modules: InModules::default(),
+            marks: Marks::new(),
         })
     }
 
@@ -320,8 +324,8 @@ impl Patcher {
             .ok_or(PatchError::NoSuchEntry { id })?
             .clone();
         let evidence = may_go(&self.check(found, guest), &entry)?;
-        let unmark = unmark(&self.know, guest, found, entry.ftrace);
         self.set_out(guest, id, None, true)?;
+        let unmark = self.leave_mark(guest, found, &entry);
         let changed = change(guest, found.root, unmark, entry.address, &entry.before.0);
         if changed.is_err() {
             self.set_out(guest, id, None, false)?;
@@ -343,12 +347,13 @@ impl Patcher {
         }
     }
 
-    /// Frees retired code that nobody is in any more.
+    /// Frees retired code that nobody is in any more, and lets ftrace have the functions back that nobody
+    /// traces.
     ///
     /// # Errors
     /// Those of [`Patcher::locate`].
     pub fn collect(&mut self, guest: &mut dyn StoppedGuest) -> Result<Collected, PatchError> {
-        if self.retired.is_empty() {
+        if self.retired.is_empty() && self.marks.is_empty() {
             return Ok(Collected::default());
         }
         let found = self.identify(guest)?;
@@ -379,6 +384,7 @@ impl Patcher {
         self.spins.clear();
         self.in_modules.clear();
         self.in_steps.clear();
+        self.marks.clear();
         Forgotten {
             lost: self.ledger.void(why),
             tracepoints: tracepoints.into_keys().collect(),
@@ -489,6 +495,8 @@ impl Patcher {
     }
 
     fn remember(&mut self, located: Located) -> Arc<Located> {
+        // Marks are in the kernel that they were made in.
+        self.marks.clear();
         let found = Arc::new(located);
         self.found = Some(found.clone());
         found
@@ -515,6 +523,7 @@ impl Patcher {
         guest: &mut dyn StoppedGuest,
         located: &Located,
     ) -> Collected {
+        self.unmark_left(guest, located);
         let hooked = self.hooked_trampolines();
         match &mut self.arena {
             Some(arena) => self

@@ -6,7 +6,7 @@ use super::knowledge::Knowledge;
 use super::report::{Applied, Evidence, FtraceMark};
 use crate::guest::{Gva, StoppedGuest};
 use crate::space::{Located, Root, Space};
-use crate::text::{NOP5, whole, write};
+use crate::text::{NOP5, WriteError, whole, write};
 
 /// The bytes of a change are still those that we wrote.
 pub(super) fn still_ours(check: &Check<'_>, entry: &Applied) -> Result<(), PatchError> {
@@ -55,21 +55,28 @@ pub(super) fn change(
     at: Gva,
     bytes: &[u8],
 ) -> Result<(), PatchError> {
-    let set = |guest: &mut dyn StoppedGuest, mark: FtraceMark, value: u64| {
-        let raw = value.to_le_bytes();
-        let size = usize::try_from(mark.size).unwrap_or(8).min(8);
-        write(guest, root, mark.at, raw.get(..size).unwrap_or(&raw))
-    };
     let mark = mark.filter(|mark| mark.before != mark.after);
     if let Some(mark) = mark {
-        set(guest, mark, mark.after)?;
+        set_mark(guest, root, mark, mark.after)?;
     }
     let written = write(guest, root, at, bytes);
     if let (Err(_), Some(mark)) = (&written, mark) {
         // The text is as it was; so must the mark be.
-        let _ = set(guest, mark, mark.before);
+        let _ = set_mark(guest, root, mark, mark.before);
     }
     Ok(written?)
+}
+
+/// Writes the flags of ftrace's record.
+pub(super) fn set_mark(
+    guest: &mut dyn StoppedGuest,
+    root: Root,
+    mark: FtraceMark,
+    flags: u64,
+) -> Result<(), WriteError> {
+    let raw = flags.to_le_bytes();
+    let size = usize::try_from(mark.size).unwrap_or(8).min(8);
+    write(guest, root, mark.at, raw.get(..size).unwrap_or(&raw))
 }
 
 /// A jump from `at` to `to`.

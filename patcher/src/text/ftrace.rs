@@ -12,6 +12,8 @@ use crate::guest::{Gva, LinkAddr};
 use crate::space::{LayoutError, Located, Space, SpaceError, optional};
 use crate::types::Field;
 
+use super::tracers::TracersLayout;
+
 /// More groups of records than any kernel allocates.
 const MAX_GROUPS: usize = 1 << 20;
 
@@ -29,6 +31,8 @@ pub struct FtraceLayout {
     disabled: u64,
     /// Flags that say nothing about users now: FTRACE_FL_TOUCHED (6.6 and later).
     harmless: u64,
+    /// `None` when it is not known who uses ftrace.
+    tracers: Option<TracersLayout>,
 }
 
 /// One record.
@@ -58,6 +62,12 @@ pub enum FtraceError {
         /// How many were seen.
         groups: usize,
     },
+    /// Its users do not end.
+    #[error("ftrace's users do not end: {users} and more")]
+    EndlessUsers {
+        /// How many were seen.
+        users: usize,
+    },
 }
 
 impl FtraceLayout {
@@ -84,6 +94,7 @@ impl FtraceLayout {
             flags: types.field("dyn_ftrace", "flags")?,
             disabled: flag("FTRACE_FL_DISABLED")?,
             harmless: flag("FTRACE_FL_TOUCHED").unwrap_or(0),
+            tracers: TracersLayout::of(kernel),
         }))
     }
 
@@ -142,6 +153,25 @@ impl FtraceLayout {
             marked: flags | self.disabled,
             in_use: flags & !(self.disabled | self.harmless) != 0,
         })
+    }
+
+    /// Whether somebody in the guest wants to trace the function whose record has its flags at `flags`:
+    /// then the mark must stay. Where that cannot be known, somebody does.
+    ///
+    /// # Errors
+    /// [`FtraceError`] when it cannot be read who it is.
+    pub fn is_wanted(
+        &self,
+        space: &Space<'_>,
+        located: &Located,
+        flags: Gva,
+    ) -> Result<bool, FtraceError> {
+        let Some(tracers) = &self.tracers else {
+            return Ok(true);
+        };
+        let record = Gva(flags.0.wrapping_sub(self.flags.offset));
+        let ip = space.read_sized(record.offset(self.ip.offset), self.ip.size)?;
+        tracers.want(space, located, Gva(ip))
     }
 
     /// The flags of a record without the mark that [`FtraceRecord::marked`] added.

@@ -13,6 +13,7 @@ mod module_sites;
 mod regions;
 mod survey;
 mod tables;
+mod tracers;
 mod write;
 
 pub use busy::{Busy, BusyError, BusyLayout};

@@ -39,9 +39,7 @@ fn finish_boot(guest: &mut KernelGuest) -> Vec<SitePlace> {
         (text.start, bytes, expected.sites().collect())
     };
     guest.put(start.at(SLIDE), &bytes);
-    // Nobody traces, and there are no BPF programs.
-    let (tracers, end) = (guest.at("ftrace_ops_list"), guest.at("ftrace_list_end"));
-    guest.put_u64(tracers, end.0);
+    // There are no BPF programs.
     let programs = guest.at("bpf_kallsyms");
     guest.put_u64(programs, programs.0);
     sites

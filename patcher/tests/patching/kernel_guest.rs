@@ -253,6 +253,48 @@ impl KernelGuest {
         self.put_u32(at_index, sites.len() as u32);
         let start = self.at("ftrace_pages_start");
         self.put_u64(start, group.0);
+        self.nobody_traces();
+    }
+
+    /// No user of ftrace is there.
+    pub(crate) fn nobody_traces(&mut self) {
+        let (tracers, end) = (self.at("ftrace_ops_list"), self.at("ftrace_list_end"));
+        self.put_u64(tracers, end.0);
+    }
+
+    /// One user of ftrace is there, who wants to hear of `only`, or of everything but `not`.
+    pub(crate) fn somebody_traces(&mut self, only: &[Gva], not: &[Gva]) {
+        let ops = self.alloc(0x1000);
+        let hashes = ops.offset(0x800);
+        let end = self.at("ftrace_list_end");
+        self.put_u64(ops.offset(self.field("ftrace_ops", "next")), end.0);
+        self.put_u64(ops.offset(self.field("ftrace_ops", "func_hash")), hashes.0);
+        for (member, functions) in [("filter_hash", only), ("notrace_hash", not)] {
+            let hash = self.hash(functions);
+            self.put_u64(hashes.offset(self.field("ftrace_ops_hash", member)), hash.0);
+        }
+        self.put_u64(self.at("ftrace_ops_list"), ops.0);
+    }
+
+    /// A `struct ftrace_hash` of these functions, each in a bucket of its own, from the last on.
+    fn hash(&mut self, functions: &[Gva]) -> Gva {
+        const BITS: u64 = 4;
+        let hash = self.alloc(0x800);
+        let (buckets, entries) = (hash.offset(0x100), hash.offset(0x200));
+        self.put_u64(hash.offset(self.field("ftrace_hash", "size_bits")), BITS);
+        self.put_u64(hash.offset(self.field("ftrace_hash", "buckets")), buckets.0);
+        let count = hash.offset(self.field("ftrace_hash", "count"));
+        self.put_u64(count, functions.len() as u64);
+        for (index, function) in (0..).zip(functions) {
+            let entry = entries.offset(index * 64);
+            let link = entry.offset(self.field("ftrace_func_entry", "hlist"));
+            self.put_u64(
+                entry.offset(self.field("ftrace_func_entry", "ip")),
+                function.0,
+            );
+            self.put_u64(buckets.offset(8 * ((1 << BITS) - 1 - index)), link.0);
+        }
+        hash
     }
 
     /// Address of the flags of the record for a function's entry.

@@ -31,6 +31,61 @@ fn a_function_is_redirected_and_back_a_thousand_times() {
     }
 }
 
+/// ftrace does not count who begins while its record is marked, and minds when he ends without the mark.
+#[test]
+fn ftrace_is_kept_away_until_nobody_traces_the_function() {
+    const MARK: u64 = 1 << 25;
+    for name in KERNELS {
+        let mut guest = guest(name);
+        let mut patcher = patcher(&guest);
+        let entry = entry(&guest);
+        let at = guest.ftrace_flags(entry);
+        let flags = |guest: &KernelGuest| guest.space().read_u64(at).unwrap();
+        let other = guest.at("vfs_read");
+        for (only, not, stays) in [
+            (vec![], vec![], true),
+            (vec![entry], vec![], true),
+            (vec![other, entry], vec![], true),
+            (vec![], vec![other], true),
+            (vec![other], vec![], false),
+            (vec![], vec![other, entry], false),
+        ] {
+            let what = format!("{name}: {only:?}, {not:?}");
+            let applied = redirect(&mut patcher, &mut guest, FUNCTION, &RETURN_ZERO).unwrap();
+            guest.somebody_traces(&only, &not);
+            revert(&mut patcher, &mut guest, applied.id).unwrap();
+            assert_eq!(guest.get(entry, 5), NOP5, "{what}");
+            assert_eq!(flags(&guest), if stays { MARK } else { 0 }, "{what}");
+            assert_eq!(patcher.has_left_marks(), stays, "{what}");
+            // It stays for a new change, and whatever is left of it goes with that one.
+            let again = redirect(&mut patcher, &mut guest, FUNCTION, &RETURN_ZERO).unwrap();
+            guest.nobody_traces();
+            patcher.collect(&mut guest.image).unwrap();
+            assert_eq!(flags(&guest), MARK, "{what}");
+            revert(&mut patcher, &mut guest, again.id).unwrap();
+            assert_eq!(flags(&guest), 0, "{what}");
+            assert!(!patcher.has_left_marks(), "{what}");
+        }
+        // By itself, when the guest ends.
+        let applied = redirect(&mut patcher, &mut guest, FUNCTION, &RETURN_ZERO).unwrap();
+        guest.somebody_traces(&[entry], &[]);
+        revert(&mut patcher, &mut guest, applied.id).unwrap();
+        patcher.collect(&mut guest.image).unwrap();
+        assert_eq!(flags(&guest), MARK, "{name}");
+        guest.nobody_traces();
+        patcher.collect(&mut guest.image).unwrap();
+        assert_eq!(flags(&guest), 0, "{name}");
+        // A list that does not end says nothing.
+        let applied = redirect(&mut patcher, &mut guest, FUNCTION, &RETURN_ZERO).unwrap();
+        guest.somebody_traces(&[other], &[]);
+        let ops = guest.space().read_u64(guest.at("ftrace_ops_list")).unwrap();
+        let next = Gva(ops).offset(guest.field("ftrace_ops", "next"));
+        guest.put_u64(next, ops);
+        revert(&mut patcher, &mut guest, applied.id).unwrap();
+        assert_eq!(flags(&guest), MARK, "{name}");
+    }
+}
+
 #[test]
 fn the_arena_is_write_protected_and_not_executable_by_parts() {
     let mut guest = guest("6.12");

@@ -439,7 +439,7 @@ impl Patching {
             }
             Err(_) => None,
         };
-        let collect = patcher.has_to_collect();
+        let collect = patcher.has_to_collect() || patcher.has_left_marks();
         if !collect && !patcher.has_applied() {
             return LOOK_EVERY;
         }
