@@ -13,7 +13,7 @@ use super::random::Random;
 use super::sites::{Place, Sites};
 
 /// So many probes at a time, at the most.
-const MOST: usize = 40;
+const MOST: usize = 60;
 /// How long one thing may take.
 const DEADLINE: &str = "3s";
 /// Functions whose callers do not mind if they do nothing.
@@ -27,18 +27,6 @@ const HARMLESS: &[&str] = &[
 const RETURN_0: &str = "31c0c3";
 const NOP: &str = "0f1f440000";
 const OTHER_NOP: &str = "6690666690";
-const TRACEPOINTS: &[&str] = &[
-    "sched_process_exec",
-    "sched_process_fork",
-    "sched_switch",
-    "sched_wakeup",
-    "sys_enter",
-    "timer_start",
-    "hrtimer_expire_entry",
-    "signal_generate",
-    "page_fault_user",
-];
-
 /// What a client does beside probes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Duty {
@@ -50,15 +38,8 @@ pub(crate) enum Duty {
 /// Something that is in the guest.
 #[derive(Clone, Debug)]
 enum Shot {
-    Probe {
-        id: u64,
-        place: Place,
-        does: Does,
-    },
-    Tracepoint {
-        id: u64,
-        checks: bool,
-    },
+    Probe { id: u64, place: Place, does: Does },
+    Tracepoint { id: u64, checks: bool },
     Change(u64),
     Steps(u64),
 }
@@ -80,6 +61,8 @@ pub(crate) struct Client {
     shots: Vec<Shot>,
     /// Where a probe could be attached before.
     good: Vec<String>,
+    /// What was refused last, and why.
+    refused: String,
     pub(crate) figures: Figures,
 }
 
@@ -97,6 +80,7 @@ impl Client {
             duty,
             shots: Vec::new(),
             good: Vec::new(),
+            refused: String::new(),
             figures: Figures::default(),
         })
     }
@@ -109,7 +93,8 @@ impl Client {
         let begun = Instant::now();
         while let Some(shot) = self.shots.last().cloned() {
             if begun.elapsed() > stillpoint_tests::SOON {
-                return Err(Failure::new(format!("{shot:?} cannot be taken away")));
+                let text = format!("{shot:?} cannot be taken away: {}", self.refused);
+                return Err(Failure::new(text));
             }
             self.take(self.shots.len() - 1)?;
         }
@@ -145,7 +130,10 @@ impl Client {
                 Ok(Some(answer))
             }
             Err(QmpError::Refused { desc, .. }) => match self.figures.refused(&desc) {
-                Ok(()) => Ok(None),
+                Ok(()) => {
+                    self.refused = format!("{command} {arguments}: {desc}");
+                    Ok(None)
+                }
                 Err(desc) => Err(Failure::new(format!("{command} {arguments}: {desc}"))),
             },
             Err(error) => Err(Failure::new(format!("{command} {arguments}: {error}"))),
@@ -203,8 +191,7 @@ impl Client {
             ),
             4..=5 => {
                 let records = 1 << self.random.below(9);
-                let request =
-                    json!({"callback": "record", "registers": ["sp", register], "records": records});
+                let request = json!({"callback": "record", "registers": ["sp", register], "records": records});
                 (Does::Records, request)
             }
             _ => (Does::Checks, self.checking(address)),
@@ -224,7 +211,7 @@ impl Client {
     /// Several at sites that were good before, in one stop.
     fn batch(&mut self) -> TestResult {
         let mut sites: Vec<String> = Vec::new();
-        for _ in 0..=self.random.below(6) {
+        for _ in 0..=self.random.below(16) {
             sites.extend(self.random.one_of(&self.good).cloned());
         }
         if sites.is_empty() || self.shots.len() > MOST {
@@ -254,7 +241,7 @@ impl Client {
             _ => None,
         };
         let mut ids: Vec<_> = self.shots.iter().filter_map(probe).collect();
-        while ids.len() > 8 {
+        while ids.len() > 16 {
             let index = self.random.index(ids.len());
             ids.swap_remove(index);
         }
@@ -363,10 +350,7 @@ impl Client {
                 return self.take(index);
             }
         }
-        let name = self.random.one_of(TRACEPOINTS).copied().unwrap_or_default();
-        let variable = json!({"pattern": format!("__tracepoint_{name}")});
-        let told = self.ask("query-symbols", variable)?.unwrap_or_default();
-        let Some(address) = number(&told["symbols"][0]["address"]) else {
+        let Some((name, address)) = self.sites.tracepoint(&mut self.random) else {
             return Ok(());
         };
         let checks = self.random.percent(60);
@@ -426,10 +410,7 @@ impl Client {
         }
         self.figures.holds += 1;
         std::thread::sleep(Duration::from_millis(self.random.below(60)));
-        match self
-            .qmp
-            .execute("vcpu-release", json!({"vcpu": vcpu}))
-        {
+        match self.qmp.execute("vcpu-release", json!({"vcpu": vcpu})) {
             Ok(answer) => self.figures.stopped(&answer),
             // It has ended by itself.
             Err(QmpError::Refused { desc, .. }) if desc.contains("is not held") => {}

@@ -9,6 +9,7 @@ mod random;
 mod sites;
 mod text;
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -40,7 +41,12 @@ fn seed() -> Result<u64, Failure> {
 }
 
 /// Several clients at once, each on a thread of its own, until `length` is over.
-fn fire(guest: &Guest, sites: &Arc<Sites>, seed: u64, length: Duration) -> Result<Figures, Failure> {
+fn fire(
+    guest: &Guest,
+    sites: &Arc<Sites>,
+    seed: u64,
+    length: Duration,
+) -> Result<Figures, Failure> {
     let failed = Arc::new(AtomicBool::new(false));
     let until = Instant::now() + length;
     let duties = [Duty::Probes, Duty::Probes, Duty::Everything];
@@ -101,55 +107,72 @@ fn accounted_for(qmp: &mut Qmp) -> TestResult {
     Ok(())
 }
 
+/// The same, and what the guest's kernel has said when it went wrong.
+fn with_log(guest: &Guest, test: impl FnOnce() -> TestResult) -> TestResult {
+    let result = catch_unwind(AssertUnwindSafe(test));
+    if !matches!(result, Ok(Ok(()))) {
+        match guest.sh("dmesg | tail -n 80") {
+            Ok(log) => eprintln!("----- the guest's kernel -----\n{log}\n-----"),
+            Err(error) => eprintln!("the guest does not answer: {error}"),
+        }
+    }
+    result.unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+fn survives(guest: &Guest, seed: u64, length: Duration) -> TestResult {
+    let mut qmp = guest.control()?;
+    let mut random = Random::new(seed);
+    let others = all_or(50_000, 5_000);
+    let sites = Arc::new(Sites::of(guest, &mut qmp, &mut random, others)?);
+    for name in ["panic", "perf_event_mlock_kb"] {
+        counted(guest, name)?;
+    }
+    let before = Text::copy(guest, &mut qmp)?;
+
+    load::begin(guest, 2 * length.as_secs() + 600, CPUS)?;
+    let begun = Instant::now();
+    let figures = fire(guest, &sites, seed, length)?;
+    let took = begun.elapsed();
+    let rounds = load::end(guest)?;
+    assert_eq!(guest.complaints()?, "");
+    accounted_for(&mut qmp)?;
+    text::explained(&mut qmp)?;
+    let after = Text::copy(guest, &mut qmp)?;
+    let differences = before.differences(&after, &mut qmp)?;
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+    assert_eq!(before.checksum(), after.checksum());
+    assert_eq!(guest.complaints()?, "");
+    let status = qmp.execute("query-status", json!({}))?;
+    assert_eq!(status["running"], Value::Bool(true), "{status}");
+    assert_eq!(counted(guest, "panic")?, 0, "with another's data");
+    // Whoever was on his way to a callback when it was taken out has called it since.
+    let right = counted(guest, "perf_event_mlock_kb")?;
+    let most = figures.called + 2 * u64::from(CPUS) * figures.checked;
+    assert!(
+        (figures.called..=most).contains(&right) && right > 0,
+        "{right} right calls; {figures}"
+    );
+    assert!(figures.hits > 0 && figures.transitions > 50, "{figures}");
+    println!(
+        "under fire: {} transitions in {:.0} s, {:.1} a second; {figures}; the guest made {rounds}; text \
+         {:#x} as before",
+        figures.transitions,
+        took.as_secs_f64(),
+        f64::from(u32::try_from(figures.transitions)?) / took.as_secs_f64(),
+        after.checksum()
+    );
+    Ok(())
+}
+
 #[test]
 fn under_fire() -> TestResult {
     on_kvm(|| {
         let seed = seed()?;
-        let length = Duration::from_secs(all_or(600, 30));
         println!("under fire: STILLPOINT_FIRE_SEED={seed}");
-        let guest = Guest::boot(KERNEL).cpus(CPUS).memory("512M").start()?;
-        let mut qmp = guest.control()?;
-        let sites = Arc::new(Sites::of(&mut qmp, KERNEL)?);
-        // Once without us: what the guest makes of its own text when it does all that is no difference.
-        load::begin(&guest, 600, CPUS)?;
-        guest.sh("sleep 1")?;
-        load::end(&guest)?;
-        for name in ["panic", "perf_event_mlock_kb"] {
-            counted(&guest, name)?;
-        }
-        let before = Text::copy(&guest, &mut qmp)?;
-
-        load::begin(&guest, 2 * length.as_secs() + 600, 2 * CPUS)?;
-        let begun = Instant::now();
-        let figures = fire(&guest, &sites, seed, length)?;
-        let took = begun.elapsed();
-        let rounds = load::end(&guest)?;
-        accounted_for(&mut qmp)?;
-        text::explained(&mut qmp)?;
-        let after = Text::copy(&guest, &mut qmp)?;
-        let differences = before.differences(&after, &mut qmp)?;
-        assert!(differences.is_empty(), "{}", differences.join("\n"));
-        assert_eq!(before.checksum(), after.checksum());
-        assert_eq!(guest.complaints()?, "");
-        let status = qmp.execute("query-status", json!({}))?;
-        assert_eq!(status["running"], Value::Bool(true), "{status}");
-        assert_eq!(counted(&guest, "panic")?, 0, "with another's data");
-        // Whoever was on his way to a callback when it was taken out has called it since.
-        let right = counted(&guest, "perf_event_mlock_kb")?;
-        let most = figures.called + 2 * u64::from(CPUS) * figures.checked;
-        assert!(
-            (figures.called..=most).contains(&right) && right > 0,
-            "{right} right calls; {figures}"
-        );
-        assert!(figures.hits > 0 && figures.transitions > 50, "{figures}");
-        println!(
-            "under fire: {} transitions in {:.0} s, {:.1} a second; {figures}; the guest made {rounds}; text \
-             {:#x} as before",
-            figures.transitions,
-            took.as_secs_f64(),
-            f64::from(u32::try_from(figures.transitions)?) / took.as_secs_f64(),
-            after.checksum()
-        );
-        Ok(())
+        let folder = tempfile::tempdir()?;
+        let boot = Guest::boot(KERNEL).cpus(CPUS).memory("512M");
+        let guest = load::equipped(boot, folder.path())?.start()?;
+        let length = Duration::from_secs(all_or(600, 30));
+        with_log(&guest, || survives(&guest, seed, length))
     })
 }

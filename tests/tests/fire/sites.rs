@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use serde_json::{Value, json};
-use stillpoint_tests::{Failure, KernelText, Qmp, number};
+use stillpoint_tests::{Failure, Guest, KernelText, Qmp, number};
 
 use super::random::Random;
 
@@ -14,7 +14,6 @@ const OFTEN: &[&str] = &[
     "__handle_mm_fault",
     "__mmap_region",
     "__send_signal_locked",
-    "__sys_setpgid",
     "__vm_munmap",
     "__x64_sys_clone",
     "__x64_sys_exit_group",
@@ -89,6 +88,21 @@ const OFTEN: &[&str] = &[
     "zap_pte_range",
 ];
 
+const TRACEPOINTS: &[&str] = &[
+    "hrtimer_expire_entry",
+    "page_fault_user",
+    "sched_process_exec",
+    "sched_process_fork",
+    "sched_switch",
+    "sched_wakeup",
+    "signal_generate",
+    "sys_enter",
+    "timer_start",
+];
+
+/// The kernel has more than so many symbols.
+const MOST_SYMBOLS: usize = 90_000;
+
 /// Who calls these may not come back for minutes, and a probe of their return waits for them.
 const SLEEPS_LONG: &[&str] = &[
     "schedule",
@@ -132,45 +146,67 @@ pub(crate) struct Place {
     pub(crate) returns: bool,
 }
 
-/// All functions of the guest's kernel that have a name of their own.
+/// Functions of the guest's kernel that have a name of their own, and what else probes need to know.
 #[derive(Debug)]
 pub(crate) struct Sites {
     text: KernelText,
     all: Vec<Function>,
     often: Vec<Function>,
+    tracepoints: Vec<(&'static str, u64)>,
 }
 
 impl Sites {
-    pub(crate) fn of(qmp: &mut Qmp, kernel: &str) -> Result<Self, Failure> {
-        let told = qmp.execute("query-symbols", json!({"pattern": "*", "limit": 100_000}))?;
-        let symbols = told["symbols"].as_array().into_iter().flatten();
-        let is_text = |symbol: &&Value| symbol["type"] == "T" || symbol["type"] == "t";
-        let mut found: HashMap<&str, Vec<Function>> = HashMap::new();
-        for symbol in symbols.filter(is_text) {
-            let name = symbol["name"].as_str().unwrap_or_default();
-            let (address, size) = (number(&symbol["address"]), symbol["size"].as_u64());
-            if let (Some(address), Some(size @ 16..)) = (address, size) {
-                found.entry(name).or_default().push(Function {
-                    name: name.to_owned(),
-                    address,
-                    size,
-                });
+    /// Those that run often, and so many others that stand together anywhere.
+    pub(crate) fn of(
+        guest: &Guest,
+        qmp: &mut Qmp,
+        random: &mut Random,
+        others: usize,
+    ) -> Result<Self, Failure> {
+        let variable = |name: &&str| format!("__tracepoint_{name}");
+        let names = OFTEN.iter().map(ToString::to_string);
+        let names: Vec<_> = names.chain(TRACEPOINTS.iter().map(variable)).collect();
+        let said = guest.sh(&format!("grep -wE '{}' /proc/kallsyms", names.join("|")))?;
+        let mut addresses: HashMap<&str, Vec<u64>> = HashMap::new();
+        for line in said.lines() {
+            let mut words = line.split_whitespace();
+            let address = words
+                .next()
+                .and_then(|word| u64::from_str_radix(word, 16).ok());
+            if let (Some(address), Some(name), None) = (address, words.nth(1), words.next()) {
+                addresses.entry(name).or_default().push(address);
             }
         }
-        let single = found.into_values().filter(|all| all.len() == 1);
-        let mut all: Vec<_> = single.flatten().collect();
-        all.sort_by(|a, b| a.name.cmp(&b.name));
-        let is_often = |function: &&Function| OFTEN.contains(&function.name.as_str());
-        let often: Vec<_> = all.iter().filter(is_often).cloned().collect();
-        if all.len() < 10_000 || often.len() < 40 {
-            let text = format!("{} functions, {} of them usual", all.len(), often.len());
-            return Err(Failure::new(text));
+        let single = |name: &str| match addresses.get(name)?.as_slice() {
+            [address] => Some(*address),
+            _ => None,
+        };
+        let mut often = Vec::new();
+        for address in OFTEN.iter().filter_map(|name| single(name)) {
+            let told = qmp.execute("query-symbols", json!({"pattern": format!("{address:#x}")}))?;
+            often.extend(function(&told["symbols"][0]));
         }
-        Ok(Self {
-            text: KernelText::of(qmp, kernel)?,
-            all,
+        let traced = TRACEPOINTS.iter();
+        let traced = traced.filter_map(|name| Some((*name, single(&variable(name))?)));
+        let from = random.index(MOST_SYMBOLS.saturating_sub(others).max(1));
+        let window = json!({"pattern": "*", "skip": from, "limit": others});
+        let told = qmp.execute("query-symbols", window)?;
+        let all = told["symbols"].as_array().into_iter().flatten();
+        let found = Self {
+            text: KernelText::of(qmp, super::KERNEL)?,
+            all: all.filter_map(function).collect(),
             often,
-        })
+            tracepoints: traced.collect(),
+        };
+        match (found.all.len(), found.often.len(), found.tracepoints.len()) {
+            (1000.., 40.., 5..) => Ok(found),
+            counts => Err(Failure::new(format!("too few to choose from: {counts:?}"))),
+        }
+    }
+
+    /// A tracepoint, and its address.
+    pub(crate) fn tracepoint(&self, random: &mut Random) -> Option<(&'static str, u64)> {
+        random.one_of(&self.tracepoints).copied()
     }
 
     /// Any function, but more likely one that the guest comes by often.
@@ -191,8 +227,12 @@ impl Sites {
             10..=18 => random.one_of(&boundaries)?.offset,
             _ => random.below(function.size),
         };
+        // A probe of a function is put behind what may stand first in it.
+        let offset = if offset == 0 { entry } else { offset };
         let address = function.address + offset;
-        let site = match random.percent(80) {
+        // Of the others it is not known whether there are several.
+        let named = OFTEN.contains(&function.name.as_str()) && random.percent(80);
+        let site = match named {
             true => format!("{}+{offset:#x}", function.name),
             false => format!("{address:#x}"),
         };
@@ -212,6 +252,20 @@ impl Sites {
         let entry = entry(&boundaries.first()?.bytes);
         Some(format!("{}+{entry:#x}", function.name))
     }
+}
+
+/// A symbol of text, when it is one that can be probed.
+fn function(symbol: &Value) -> Option<Function> {
+    let text = symbol["type"] == "T" || symbol["type"] == "t";
+    let name = symbol["name"].as_str()?;
+    let size = symbol["size"].as_u64()?;
+    // What stands before functions is no code.
+    let code = text && size >= 16 && !name.starts_with("__pfx_");
+    code.then_some(Function {
+        name: name.to_owned(),
+        address: number(&symbol["address"])?,
+        size,
+    })
 }
 
 /// Where the tracer's nop is: behind the landing place of indirect calls, where there is one.

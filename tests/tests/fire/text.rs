@@ -68,7 +68,10 @@ impl Text {
                 bytes.map(|byte| format!("{byte:02x}")).collect()
             };
             let (was, is) = (near(&self.bytes), near(&other.bytes));
-            told.push(format!("{at:#x} ({}): {was} -> {is}", place["place"]["text"]));
+            told.push(format!(
+                "{at:#x} ({}): {was} -> {is}",
+                place["place"]["text"]
+            ));
             behind = index + 8;
             if told.len() == TOLD {
                 break;
