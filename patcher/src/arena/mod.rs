@@ -5,7 +5,7 @@
 //! page tables read-execute) and one for data (read-write, never executable). Both are mapped by
 //! large entries in page tables that all of the guest's address spaces share, at addresses that
 //! the kernel never uses (see [`place`]). Guaranteed: an entry is only filled when it was zero, and
-//! zeroed again only when it still is what was written; empty code is `int3`.
+//! zeroed again only when it still is what was written, but for what the CPU notes in it; empty code is `int3`.
 //!
 //! Not present to present needs no TLB flush (Intel SDM volume 3, 4.10.2.3); the other way, the
 //! hypervisor flushes when it takes the block away.
@@ -14,7 +14,7 @@ mod place;
 mod slots;
 
 use crate::guest::{BlockKind, Gpa, GuestMemory, Gva, MemoryError, StoppedGuest};
-use crate::space::{Entry, Located, Root, Space, WalkError};
+use crate::space::{ACCESSED, DIRTY, Entry, Located, Root, Space, WalkError};
 pub use place::ArenaLayout;
 use slots::Slots;
 
@@ -163,8 +163,7 @@ impl Arena {
     pub fn check(&self, guest: &dyn GuestMemory) -> Result<(), ArenaError> {
         for block in [&self.code, &self.data] {
             let found = guest.read_u64(block.entry.at).map_err(ArenaError::Write)?;
-            // The CPU sets the accessed and dirty bits; both were set from the start.
-            if found != block.entry.raw {
+            if !block.is_mapped_by(found) {
                 return Err(ArenaError::Changed {
                     at: block.entry.at,
                     expected: block.entry.raw,
@@ -291,6 +290,12 @@ impl Block {
         at.distance_from(self.at) < BLOCK
     }
 
+    /// Whether a page table entry is ours. The CPU sets two bits of it by itself: a kernel that turned
+    /// write protection off and wrote to our code has set the dirty bit before the write was refused.
+    const fn is_mapped_by(&self, entry: u64) -> bool {
+        (entry ^ self.entry.raw) & !(ACCESSED | DIRTY) == 0
+    }
+
     fn take(&mut self, len: u64, align: u64, what: &'static str) -> Result<Slot, ArenaError> {
         let offset = self
             .slots
@@ -355,7 +360,7 @@ fn take_away(guest: &mut dyn StoppedGuest, block: &Block) -> Result<(), ArenaErr
     let ours = block.entry.raw != 0
         && guest
             .read_u64(block.entry.at)
-            .is_ok_and(|now| now == block.entry.raw);
+            .is_ok_and(|now| block.is_mapped_by(now));
     let cleared = if ours {
         guest
             .write(block.entry.at, &0_u64.to_le_bytes())

@@ -159,6 +159,22 @@ fn a_changed_entry_is_noticed_and_not_overwritten() {
     );
 }
 
+/// A kernel that writes to our code with its write protection off.
+#[test]
+fn what_the_cpu_notes_in_an_entry_is_no_change() {
+    let mut setup = setup(0);
+    let image = &mut setup.guest.image;
+    let before = snapshot(image);
+    let arena = Arena::install(image, &setup.located, &setup.layout).unwrap();
+    let entry = arena.code.entry;
+    image
+        .write(entry.at, &(entry.raw | DIRTY).to_le_bytes())
+        .unwrap();
+    arena.check(image).unwrap();
+    arena.remove(image).unwrap();
+    assert_eq!(snapshot(image), before);
+}
+
 #[test]
 fn blocks_out_of_reach_are_refused() {
     assert_eq!(place::entry(Gpa(0x1000), 1), None);
