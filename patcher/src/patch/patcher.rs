@@ -20,7 +20,7 @@ use super::text_patch::{PreparedText, TextRequest};
 use super::tracepoint::Tracepoints;
 use super::trap::TrapHandler;
 use super::unloaded::InModules;
-use super::writing::{change, is_there, may_go};
+use super::writing::{Seen, change, is_there, may_go};
 use super::{EntryId, PatchError};
 use crate::Kernel;
 use crate::arena::Arena;
@@ -299,7 +299,7 @@ impl Patcher {
         let found = self.identify(guest)?;
         self.ledger.get(id).ok_or(PatchError::NoSuchEntry { id })?;
         self.check(&found, guest).idle()?;
-        let (entry, evidence) = self.unhook(guest, &found, id, told, origin)?;
+        let (entry, evidence) = self.unhook(guest, &found, (id, Seen::Perhaps), told, origin)?;
         Ok(Reverted {
             entry,
             evidence,
@@ -314,7 +314,7 @@ impl Patcher {
         &mut self,
         guest: &mut dyn StoppedGuest,
         found: &Located,
-        id: EntryId,
+        (id, seen): (EntryId, Seen),
         told: EntryId,
         origin: &Origin,
     ) -> Result<(Applied, Evidence), PatchError> {
@@ -323,7 +323,10 @@ impl Patcher {
             .get(id)
             .ok_or(PatchError::NoSuchEntry { id })?
             .clone();
-        let evidence = may_go(&self.check(found, guest), &entry)?;
+        let evidence = match seen {
+            Seen::Perhaps => may_go(&self.check(found, guest), &entry)?,
+            Seen::Never => entry.evidence.clone(),
+        };
         self.set_out(guest, id, None, true)?;
         let unmark = self.leave_mark(guest, found, &entry);
         let changed = change(guest, found.root, unmark, entry.address, &entry.before.0);

@@ -14,7 +14,7 @@ use super::look::Look;
 use super::redirect::PreparedRedirect;
 use super::report::{Applied, Collected, Origin};
 use super::text_patch::PreparedText;
-use super::writing::may_go;
+use super::writing::{Seen, may_go};
 use super::{EntryId, PatchError, Patcher};
 use crate::grace::Holdout;
 use crate::guest::{Gva, StoppedGuest};
@@ -112,9 +112,13 @@ impl Patcher {
         origin: &Origin,
         why: PatchError,
     ) -> PatchError {
-        let mut last_first = changes.iter().rev();
-        let undone =
-            last_first.try_for_each(|change| self.revert(guest, change.id, origin).map(drop));
+        let mut last_first = changes.iter().rev().map(|change| change.id);
+        let undone = self.identify(guest).and_then(|found| {
+            last_first.try_for_each(|id| {
+                let gone = self.unhook(guest, &found, (id, Seen::Never), id, origin);
+                gone.map(drop)
+            })
+        });
         undone.err().unwrap_or(why)
     }
 
@@ -152,7 +156,8 @@ impl Patcher {
         let passage = self.passage(guest, &entries)?;
         let mut taken = Vec::with_capacity(entries.len());
         for Applied { id, .. } in entries.into_iter().rev() {
-            taken.push(self.unhook(guest, &found, id, id, origin)?.0);
+            let (entry, _) = self.unhook(guest, &found, (id, Seen::Perhaps), id, origin)?;
+            taken.push(entry);
             self.in_steps.remove(&id);
         }
         Ok(Step {

@@ -8,6 +8,15 @@ use crate::guest::{Gva, StoppedGuest};
 use crate::space::{Located, Root, Space};
 use crate::text::{NOP5, WriteError, whole, write};
 
+/// Whether the guest has run since a change was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Seen {
+    /// Somebody may be in it.
+    Perhaps,
+    /// It was made in this very stop: it can be taken back whatever else is known of the guest.
+    Never,
+}
+
 /// The bytes of a change are still those that we wrote.
 pub(super) fn still_ours(check: &Check<'_>, entry: &Applied) -> Result<(), PatchError> {
     let ours = &entry.after.0;

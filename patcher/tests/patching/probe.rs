@@ -292,6 +292,48 @@ fn several_probes_are_one_change() {
     assert_eq!(patcher.list().arena.unwrap().code_slots, 0);
 }
 
+/// A jump in the place of one long instruction leaves bytes behind it, of which it is not known who is there;
+/// in the stop in which it was made nobody is.
+#[test]
+fn none_of_several_is_attached_when_the_tasks_are_not_known() {
+    for name in KERNELS {
+        let mut guest = guest(name);
+        let mut patcher = patcher(&guest);
+        let mut at = entry(&guest).offset(5);
+        while instruction_len(&guest, at) <= 5 {
+            at = at.offset(instruction_len(&guest, at) as u64);
+        }
+        let before = guest.get(at, 16);
+        let all = [at.to_string(), format!("{FUNCTION}+1")].map(|site| {
+            let request = ProbeRequest::counting(site.parse().unwrap());
+            patcher.prepare_probe(request).unwrap()
+        });
+        guest.put_u32(guest.at("nr_threads"), 9);
+        let refused = patcher.attach_probes(&mut guest.image, &all, &origin());
+        // The second of them is in the middle of an instruction.
+        let word = refused.unwrap_err().word();
+        assert!(
+            ["CannotMove", "NotWholeInstructions"].contains(&word),
+            "{word}"
+        );
+        assert_eq!(patcher.probes(&guest.image).unwrap(), []);
+        assert_eq!(guest.get(at, 16), before);
+        // The first alone is fine, and cannot go before the tasks are known.
+        let [first, _] = &all;
+        let one = std::slice::from_ref(first);
+        let new = patcher.attach_probes(&mut guest.image, one, &origin());
+        let id = new.unwrap()[0].probe.id;
+        let refused = patcher.detach_probe(&mut guest.image, id, &origin());
+        assert_eq!(refused.unwrap_err().word(), "TasksUnknown");
+        guest.put_u32(guest.at("nr_threads"), 0);
+        patcher
+            .detach_probe(&mut guest.image, id, &origin())
+            .unwrap();
+        patcher.collect(&mut guest.image).unwrap();
+        assert_eq!(patcher.list().arena.unwrap().code_slots, 0);
+    }
+}
+
 #[test]
 fn a_change_is_taken_back_with_all_its_probes() {
     let mut guest = guest(KERNELS[0]);

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::hook::{Hook, Lead, Means};
 use super::report::{Applied, Evidence, Kind, Origin, PlacedCode, Reverted};
 use super::retire::{Content, Leaving};
-use super::writing::{may_go, still_ours};
+use super::writing::{Seen, may_go, still_ours};
 use super::{EntryId, PatchError, Patcher};
 use crate::guest::{Gva, StoppedGuest};
 use crate::probe::{Act, Displaced, Plan, Returning, Variables, trampoline};
@@ -238,9 +238,10 @@ impl Patcher {
             match self.put_in(guest, &found, probe, origin) {
                 Ok(attached) => new.push(attached),
                 Err(error) => {
-                    let ids: Vec<_> = new.iter().rev().map(|new| new.probe.id).collect();
-                    // Nothing has run since they were attached.
-                    self.detach_probes(guest, &ids, origin)?;
+                    for id in new.iter().rev().map(|new| new.probe.id) {
+                        self.take_out(guest, &found, (id, Seen::Never), origin)?;
+                    }
+                    self.collect_in(guest, &found);
                     return Err(error);
                 }
             }
@@ -261,7 +262,7 @@ impl Patcher {
     ) -> Result<Detached, PatchError> {
         let found = self.identify(guest)?;
         self.check(&found, guest).idle()?;
-        let gone = self.take_out(guest, &found, id, origin)?;
+        let gone = self.take_out(guest, &found, (id, Seen::Perhaps), origin)?;
         Ok(Detached {
             probe: gone.probe,
             reverted: Reverted {
@@ -300,7 +301,8 @@ impl Patcher {
         }
         let mut probes = Vec::with_capacity(ids.len());
         for &id in ids {
-            probes.push(self.take_out(guest, &found, id, origin)?.probe);
+            let gone = self.take_out(guest, &found, (id, Seen::Perhaps), origin)?;
+            probes.push(gone.probe);
         }
         Ok(AllDetached {
             probes,
@@ -340,14 +342,14 @@ impl Patcher {
         &mut self,
         guest: &mut dyn StoppedGuest,
         found: &Located,
-        id: EntryId,
+        (id, seen): (EntryId, Seen),
         origin: &Origin,
     ) -> Result<Gone, PatchError> {
         let (change, index) = self.probe_at(id)?;
         let probe = self.probe_info(&&*guest, change, id)?;
         let site = self.site(change)?;
         if site.attached.len() == 1 && !site.permanent {
-            let (entry, evidence) = self.unhook(guest, found, change, id, origin)?;
+            let (entry, evidence) = self.unhook(guest, found, (change, seen), id, origin)?;
             return Ok(Gone {
                 probe,
                 entry,

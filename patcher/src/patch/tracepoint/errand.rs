@@ -6,6 +6,7 @@ use super::super::placing::give_back;
 use super::super::probe::{Prepared, PreparedProbe, variables};
 use super::super::report::{Origin, PlacedCode};
 use super::super::retire::{Content, Leaving};
+use super::super::writing::Seen;
 use super::super::{EntryId, PatchError, Patcher};
 use crate::arena::Slot;
 use crate::guest::{GuestMemory, StoppedGuest};
@@ -250,7 +251,8 @@ impl Patcher {
         origin: &Origin,
     ) -> Result<(), Box<(Begun, PatchError)>> {
         let idle = self.check(found, guest).idle();
-        let gone = idle.and_then(|()| self.take_out(guest, found, begun.probe, origin));
+        let gone =
+            idle.and_then(|()| self.take_out(guest, found, (begun.probe, Seen::Perhaps), origin));
         let site = match gone {
             Ok(gone) => gone.probe.address,
             Err(error) => return Err(Box::new((begun, error))),
