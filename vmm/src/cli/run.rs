@@ -102,6 +102,7 @@ enum RunError {
 
 fn boot(args: RunArgs) -> Result<End, RunError> {
     super::log::start();
+    give_back_large_pieces();
     let signals = EndSignals::block();
     let bounds = args.bounds.bounds();
     let control = args
@@ -142,6 +143,16 @@ fn boot(args: RunArgs) -> Result<End, RunError> {
         server.finish();
     }
     Ok(end?)
+}
+
+/// Pieces of memory from this size on go back to the host as soon as they are freed.
+const LARGE: i32 = 1 << 20;
+
+/// Without it, glibc keeps what was large once for later, in each of the threads that a client's command
+/// may run on.
+fn give_back_large_pieces() {
+    // SAFETY: it sets a number of the allocator's, under the allocator's own lock.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) };
 }
 
 /// Gives the host back what reading the command line took: a guest lives for months beside others.
