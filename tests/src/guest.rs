@@ -217,6 +217,18 @@ impl Guest {
         self.vmm.borrow().id()
     }
 
+    /// KiB of memory that the VMM has, with what the guest has touched of its own.
+    ///
+    /// # Errors
+    ///
+    /// When it has ended.
+    pub fn resident(&self) -> Result<u64, Failure> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|line| line.split_whitespace().next()?.parse().ok())
+            .ok_or_else(|| Failure::new("no VmRSS"))
+    }
+
     /// Waits for the VMM to end.
     ///
     /// # Errors

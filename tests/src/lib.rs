@@ -42,10 +42,12 @@ pub use failure::{Failure, TestResult};
 pub use guest::Guest;
 pub use holding::{armed, begin, done, hold, kept_apart, release};
 pub use needs::{
-    REPLACED, breakable, debug_kernel, drgn_script, initramfs, kernel, module_file, python_client,
-    replacement, stillpoint,
+    REPLACED, breakable, debug_kernel, drgn_script, initramfs, kernel, module, module_file,
+    python_client, replacement, stillpoint,
 };
-pub use place::{on_host, on_kvm, on_kvm_breaking, on_kvm_then_here, on_kvm_with};
+pub use place::{
+    on_host, on_kvm, on_kvm_breaking, on_kvm_then_here, on_kvm_with, on_kvm_with_module,
+};
 pub use qmp::{Qmp, QmpError, refusal};
 pub use ran::Ran;
 pub use trampolines::{all_freed, functions, take_sum};

@@ -74,16 +74,22 @@ pub fn debug_kernel(name: &str) -> Result<PathBuf, Failure> {
     Ok(kernel(name).join("vmlinux-debug"))
 }
 
-/// A module for the guest kernel `kernel_name`, built when it is not there yet; with it what modules
+/// The module for a guest kernel that is built from guest-images/modules.
+#[must_use]
+pub fn module(kernel_name: &str, name: &str) -> PathBuf {
+    kernel(kernel_name).join(name).with_extension("ko")
+}
+
+/// Builds a module for the guest kernel `kernel_name` when it is not there yet; with it what modules
 /// are built with is fetched.
 ///
 /// # Errors
 ///
 /// When it cannot be built.
-pub(crate) fn module(kernel_name: &str, name: &str) -> Result<PathBuf, Failure> {
+pub(crate) fn build_module(kernel_name: &str, name: &str) -> Result<PathBuf, Failure> {
     let script = checkout().join("guest-images/module");
     run(Command::new(script).args([kernel_name, name])).map_err(Failure::new)?;
-    Ok(kernel(kernel_name).join(name).with_extension("ko"))
+    Ok(module(kernel_name, name))
 }
 
 /// Our binary, of the same profile as this test.

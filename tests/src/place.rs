@@ -52,6 +52,22 @@ pub fn on_kvm_with(kernels: &[&str], test: impl FnOnce() -> TestResult) -> TestR
     run(kernels, false, test)
 }
 
+/// The same with a module for a guest's kernel ([`crate::module`]).
+///
+/// # Errors
+///
+/// As [`on_kvm`], and that the module cannot be built.
+pub fn on_kvm_with_module(
+    kernel: &str,
+    name: &str,
+    test: impl FnOnce() -> TestResult,
+) -> TestResult {
+    if !in_lab() {
+        needs::build_module(kernel, name)?;
+    }
+    on_kvm(test)
+}
+
 /// The same with a binary that rules of safety can be left out of ([`crate::Boot::without_rules`]).
 ///
 /// # Errors

@@ -10,14 +10,6 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use stillpoint_tests::{Failure, Guest, Qmp, Ran, SOON, TestResult, on_kvm, stillpoint};
 
-/// Memory of the VMM that is not the guest's, in KiB: what input could make grow.
-fn anonymous(guest: &Guest) -> Result<u64, Failure> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", guest.pid()))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    line.and_then(|line| line.split_whitespace().next()?.parse().ok())
-        .ok_or_else(|| Failure::new("no VmRSS"))
-}
-
 fn connect(guest: &Guest) -> Result<UnixStream, Failure> {
     let stream = UnixStream::connect(guest.socket())?;
     stream.set_read_timeout(Some(SOON))?;
@@ -61,7 +53,7 @@ fn bad_input_gets_an_error_or_the_door() -> TestResult {
     on_kvm(|| {
         let guest = Guest::boot("6.12").start()?;
         let mut old = guest.control()?;
-        let before = anonymous(&guest)?;
+        let before = guest.resident()?;
         let negotiate = br#"{"execute":"qmp_capabilities"}"#;
         let nested = [vec![b'['; 10_000], vec![b']'; 10_000]].concat();
         let inputs: [&[u8]; 10] = [
@@ -106,7 +98,7 @@ fn bad_input_gets_an_error_or_the_door() -> TestResult {
         }
         let _ = error_or_end(&stream)?;
         all_is_well(&guest, &mut old)?;
-        let grown = anonymous(&guest)?.saturating_sub(before);
+        let grown = guest.resident()?.saturating_sub(before);
         assert!(grown < 48 << 10, "grown by {grown} KiB");
         Ok(())
     })
@@ -117,7 +109,7 @@ fn clients_that_are_silent_deaf_or_many() -> TestResult {
     on_kvm(|| {
         let guest = Guest::boot("6.12").cpus(2).start()?;
         let mut old = guest.control()?;
-        let before = anonymous(&guest)?;
+        let before = guest.resident()?;
 
         let silent: Vec<UnixStream> = (0..200).filter_map(|_| connect(&guest).ok()).collect();
         assert_eq!(silent.len(), 200);
@@ -139,7 +131,7 @@ fn clients_that_are_silent_deaf_or_many() -> TestResult {
             }
         }
         all_is_well(&guest, &mut old)?;
-        let grown = anonymous(&guest)?.saturating_sub(before);
+        let grown = guest.resident()?.saturating_sub(before);
         assert!(grown < 48 << 10, "grown by {grown} KiB");
         Ok(())
     })

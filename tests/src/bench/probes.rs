@@ -73,7 +73,7 @@ pub(super) fn run() -> TestResult {
 /// An initramfs with the module, too.
 fn files() -> Result<Files, Failure> {
     let mut files = errand::files()?;
-    let module = needs::module(KERNEL, "probe_cost")?;
+    let module = needs::build_module(KERNEL, "probe_cost")?;
     let bytes = cpio::with_files(&files.shell, &vec![("probe_cost.ko".into(), module)])?;
     let kernel = needs::kernel(KERNEL);
     let new = tempfile::NamedTempFile::new_in(&kernel)?;

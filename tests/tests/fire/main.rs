@@ -8,6 +8,7 @@ mod load;
 mod random;
 mod sites;
 mod text;
+mod vandal;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -15,13 +16,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
-use stillpoint_tests::{Failure, Guest, Qmp, TestResult, all_freed, all_or, on_kvm};
+use stillpoint_tests::{
+    Failure, Guest, Qmp, TestResult, all_freed, all_or, module, on_kvm, on_kvm_with_module,
+};
 
 use client::{Client, Duty};
 use figures::Figures;
 use random::Random;
 use sites::Sites;
 use text::Text;
+use vandal::Vandal;
 
 /// vCPUs of the guest.
 const CPUS: u32 = 4;
@@ -174,5 +178,37 @@ fn under_fire() -> TestResult {
         let guest = load::equipped(boot, folder.path())?.start()?;
         let length = Duration::from_secs(all_or(600, 30));
         with_log(&guest, || survives(&guest, seed, length))
+    })
+}
+
+#[test]
+fn a_malicious_guest_costs_itself_only() -> TestResult {
+    on_kvm_with_module(KERNEL, "vandal", || {
+        let guest = Guest::boot(KERNEL)
+            .cpus(2)
+            .file("/modules/vandal.ko", &module(KERNEL, "vandal"))
+            .args(&["--no-reboot"])
+            .start()?;
+        let mut vandal = Vandal {
+            qmp: guest.control()?,
+            other: guest.control()?,
+            guest: &guest,
+            asked: 0,
+        };
+        vandal.qmp.execute("events-enable", json!({}))?;
+        with_log(&guest, || {
+            // What the VMM has to know of the kernel it knows then.
+            vandal.rewrites_sites()?;
+            let before = guest.resident()?;
+            vandal.writes_to_our_code()?;
+            vandal.falsifies_data()?;
+            vandal.remaps_our_memory()?;
+            vandal.remaps_its_text()?;
+            vandal.falsifies_data_all_the_time()?;
+            let grown = guest.resident()?.saturating_sub(before);
+            println!("malicious guest: the VMM has grown by {grown} KiB");
+            assert!(grown < 96 << 10, "grown by {grown} KiB");
+            vandal.unmaps_its_text()
+        })
     })
 }
