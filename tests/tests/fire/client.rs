@@ -1,6 +1,6 @@
 //! A client that attaches, changes and takes away as fast as it is answered.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -61,14 +61,14 @@ pub(crate) struct Client {
     shots: Vec<Shot>,
     /// Where a probe could be attached before.
     good: Vec<String>,
-    /// What was refused last, and why.
-    refused: String,
+    /// What was refused since the client began to end, and why.
+    refused: Vec<String>,
     pub(crate) figures: Figures,
 }
 
 impl Client {
     pub(crate) fn new(
-        socket: &PathBuf,
+        socket: &Path,
         random: Random,
         sites: Arc<Sites>,
         duty: Duty,
@@ -80,7 +80,7 @@ impl Client {
             duty,
             shots: Vec::new(),
             good: Vec::new(),
-            refused: String::new(),
+            refused: Vec::new(),
             figures: Figures::default(),
         })
     }
@@ -90,10 +90,12 @@ impl Client {
         while Instant::now() < until && !failed.load(Ordering::Relaxed) {
             self.something()?;
         }
+        self.refused.clear();
         let begun = Instant::now();
         while let Some(shot) = self.shots.last().cloned() {
             if begun.elapsed() > stillpoint_tests::SOON {
-                let text = format!("{shot:?} cannot be taken away: {}", self.refused);
+                let why = self.refused.join("\n");
+                let text = format!("{shot:?} cannot be taken away:\n{why}");
                 return Err(Failure::new(text));
             }
             self.take(self.shots.len() - 1)?;
@@ -131,7 +133,7 @@ impl Client {
             }
             Err(QmpError::Refused { desc, .. }) => match self.figures.refused(&desc) {
                 Ok(()) => {
-                    self.refused = format!("{command} {arguments}: {desc}");
+                    self.refused.push(format!("{command} {arguments}: {desc}"));
                     Ok(None)
                 }
                 Err(desc) => Err(Failure::new(format!("{command} {arguments}: {desc}"))),

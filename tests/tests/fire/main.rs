@@ -86,7 +86,7 @@ fn counted(guest: &Guest, name: &str) -> Result<u64, Failure> {
     let said = guest.sh(&format!("cat {file}; echo 0 >{file}"))?;
     let parsed = said.trim().parse::<i32>();
     let number = parsed.map_err(|_| Failure::new(format!("{name}: {said}")))?;
-    Ok(u64::from(number.cast_unsigned()))
+    Ok(u64::from(u32::from_le_bytes(number.to_le_bytes())))
 }
 
 /// Nothing of ours is in the guest, and no room in the arena is taken.

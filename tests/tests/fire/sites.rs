@@ -241,7 +241,7 @@ impl Sites {
             site,
             address,
             entry: offset == entry,
-            returns: !SLEEPS_LONG.iter().any(|start| long(&start)),
+            returns: !SLEEPS_LONG.iter().any(|start| long(start)),
         })
     }
 
