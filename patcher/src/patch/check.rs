@@ -171,6 +171,16 @@ impl Check<'_> {
         bytes: &Range<Gva>,
         one_instruction: bool,
     ) -> Result<Evidence, PatchError> {
+        self.nobody_behind(bytes, 1, one_instruction)
+    }
+
+    /// The same where no task can be before the byte number `from`.
+    pub(super) fn nobody_behind(
+        &self,
+        bytes: &Range<Gva>,
+        from: u64,
+        one_instruction: bool,
+    ) -> Result<Evidence, PatchError> {
         let hits: Vec<_> = self
             .guest
             .vcpus()
@@ -188,7 +198,8 @@ impl Check<'_> {
         if one_instruction || !rules::holds(Rule::Interior) {
             return Ok(Evidence::SingleInstruction);
         }
-        let windows = Windows::new(interior(bytes, self.generated()));
+        let behind = bytes.start.offset(from.saturating_sub(1))..bytes.end;
+        let windows = Windows::new(interior(&behind, self.generated()));
         let space = self.located.space(&self.guest);
         let scanned = scan(
             &space,

@@ -3,10 +3,10 @@
 use super::PatchError;
 use super::check::Check;
 use super::knowledge::Knowledge;
-use super::report::{Applied, Evidence, FtraceMark};
+use super::report::{Applied, Evidence, FtraceMark, Kind};
 use crate::guest::{Gva, StoppedGuest};
 use crate::space::{Located, Root, Space};
-use crate::text::{NOP5, WriteError, whole, write};
+use crate::text::{NOP5, WriteError, instruction_len, whole, write};
 
 /// Whether the guest has run since a change was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,7 +47,18 @@ pub(super) fn may_go(check: &Check<'_>, entry: &Applied) -> Result<Evidence, Pat
     let end = entry.address.offset(entry.after.0.len() as u64);
     check.no_kprobe(&(entry.address..end))?;
     let one = whole(entry.address, &entry.after.0).is_ok_and(|all| all.len() == 1);
-    check.nobody_inside(&(entry.address..end), one)
+    let bytes = entry.address..end;
+    match entry.kind {
+        // Trampolines leave the address behind the first byte on stacks, for who unwinds them. Nobody was
+        // behind the first instruction when the jump was made, and nobody comes behind a jump's first byte.
+        Kind::Probe => {
+            let first = instruction_len(&entry.before.0).unwrap_or(0);
+            let from = first.max(2);
+            let one = one || from >= entry.after.0.len() as u64;
+            check.nobody_behind(&bytes, from, one)
+        }
+        _ => check.nobody_inside(&bytes, one),
+    }
 }
 
 /// Whether the bytes of a change are in the guest.

@@ -21,6 +21,7 @@ use super::{EntryId, PatchError, Patcher};
 use crate::guest::{Gva, StoppedGuest};
 use crate::probe::{Act, Displaced, Plan, Returning, Variables, trampoline};
 use crate::space::Located;
+use crate::text::instruction_len;
 pub(super) use callback::{Attached, Prepared, Ready, Wanted, variables};
 pub use callback::{Callback, Does};
 pub(super) use report::hexadecimal;
@@ -142,7 +143,9 @@ impl Patcher {
         if !one {
             nothing_leads_inside(&check, &function, &(at..back))?;
         }
-        let evidence = check.nobody_inside(&(at..back), one)?;
+        // What an earlier trampoline has left on stacks is the address behind the first byte.
+        let first = instruction_len(&before).unwrap_or(1);
+        let evidence = check.nobody_behind(&(at..back), first, one)?;
         let mut goes_on = displaced.branches.clone();
         if displaced.falls_through {
             goes_on.push(back);
