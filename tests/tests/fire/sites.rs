@@ -236,12 +236,13 @@ impl Sites {
             true => format!("{}+{offset:#x}", function.name),
             false => format!("{address:#x}"),
         };
-        let long = |start: &&str| function.name.starts_with(*start);
         Some(Place {
             site,
             address,
             entry: offset == entry,
-            returns: !SLEEPS_LONG.iter().any(|start| long(start)),
+            returns: !SLEEPS_LONG
+                .iter()
+                .any(|start| function.name.starts_with(start)),
         })
     }
 
