@@ -5,15 +5,18 @@
 //! does. Until then nobody in the guest can trace the function.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use super::module_text::ModuleText;
 use super::report::FtraceMark;
 use super::writing::{set_mark, unmark};
 use super::{Patcher, report::Applied};
 use crate::guest::{Gva, StoppedGuest};
 use crate::space::Located;
 
-/// Marks that have stayed, by where they are.
-pub(super) type Marks = BTreeMap<Gva, FtraceMark>;
+/// Marks that have stayed, by where they are; and the module whose functions they are about, which has
+/// its records as long as it is there.
+pub(super) type Marks = BTreeMap<Gva, (FtraceMark, Option<Arc<ModuleText>>)>;
 
 impl Patcher {
     /// How to take the mark of a change off when it is taken back now; nothing when there is none, or
@@ -28,7 +31,8 @@ impl Patcher {
         if self.may_unmark(guest, found, mark) {
             return Some(mark);
         }
-        self.marks.insert(mark.at, mark);
+        let module = self.module_of(entry.id);
+        self.marks.insert(mark.at, (mark, module));
         None
     }
 
@@ -37,7 +41,10 @@ impl Patcher {
         if self.marks.is_empty() {
             return;
         }
-        for (at, left) in std::mem::take(&mut self.marks) {
+        for (at, (left, module)) in std::mem::take(&mut self.marks) {
+            if !self.is_loaded(guest, found, module.as_deref()) {
+                continue;
+            }
             let in_use = |entry: &Applied| entry.ftrace.is_some_and(|mark| mark.at == at);
             let now = unmark(&self.know, guest, found, Some(left));
             let gone = match now {
@@ -50,7 +57,7 @@ impl Patcher {
                 }
             };
             if !gone {
-                self.marks.insert(at, left);
+                self.marks.insert(at, (left, module));
             }
         }
     }

@@ -8,8 +8,8 @@ use super::check::Check;
 use super::hook::{Hook, Lead, Means};
 use super::knowledge::Knowledge;
 use super::ledger::Ledger;
-use super::module_text::ModuleTexts;
 use super::marks::Marks;
+use super::module_text::ModuleTexts;
 use super::probe::ProbeSites;
 use super::redirect::{PreparedRedirect, RedirectRequest};
 use super::report::{

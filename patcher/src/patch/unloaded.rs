@@ -47,6 +47,23 @@ impl Patcher {
         self.ledger.add(entry);
     }
 
+    /// The module that a change is in.
+    pub(super) fn module_of(&self, id: EntryId) -> Option<Arc<ModuleText>> {
+        self.in_modules.texts.get(&id).cloned()
+    }
+
+    /// A module is where it was, as far as can be told; the kernel itself always is.
+    pub(super) fn is_loaded(
+        &self,
+        guest: &dyn StoppedGuest,
+        found: &Located,
+        module: Option<&ModuleText>,
+    ) -> bool {
+        let space = found.space(&guest);
+        let there = module.map(|text| text.is_there(&self.know, &space, found));
+        there.is_none_or(|there| there == Ok(true))
+    }
+
     /// What was found to be gone with modules since this was asked last.
     pub fn take_unloaded(&mut self) -> Vec<Unloaded> {
         std::mem::take(&mut self.in_modules.unloaded)
