@@ -161,6 +161,12 @@ impl Check<'_> {
                 }
             }
         }
+        for (to, leader) in self.leads_into(function, bytes) {
+            let offset = usize::try_from(to.distance_from(bytes.start)).unwrap_or(0);
+            if !begins.contains(&offset) {
+                return Err(PatchError::LedInside { to, leader });
+            }
+        }
         Ok(())
     }
 

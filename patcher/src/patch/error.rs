@@ -13,7 +13,7 @@ use crate::probe::DisplaceError;
 use crate::space::{LayoutError, LocateError, SpaceError};
 use crate::symbols::{ModulesError, SiteError};
 use crate::tasks::{Hit, TaskError};
-use crate::text::{Busy, BusyError, DecodeError, FtraceError, RegionError, WriteError};
+use crate::text::{Busy, BusyError, DecodeError, FtraceError, Leader, RegionError, WriteError};
 
 /// Why a change was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +42,16 @@ pub enum PatchError {
         from: Gva,
         /// Where it leads.
         to: Gva,
+    },
+    /// The guest goes on inside the bytes by itself, where no instruction would begin any more.
+    #[error(
+        "the guest can go on at {to}, inside the bytes, where no new instruction begins: {leader}"
+    )]
+    LedInside {
+        /// Where it goes on.
+        to: Gva,
+        /// What leads there.
+        leader: Leader,
     },
     /// The function jumps to addresses that it computes, perhaps into the bytes.
     #[error(
@@ -250,7 +260,9 @@ impl PatchError {
             Self::Region(RegionError::Init { .. }) => "InitText",
             Self::Region(RegionError::Forbidden { .. }) => "ForbiddenText",
             Self::Decode(_) => "NotWholeInstructions",
-            Self::JumpInside { .. } | Self::JumpUnknown { .. } => "JumpInside",
+            Self::JumpInside { .. } | Self::LedInside { .. } | Self::JumpUnknown { .. } => {
+                "JumpInside"
+            }
             Self::Displace(_) => "CannotMove",
             Self::Return { .. } => "ReturnUnknown",
             Self::Code(_) => "BadCode",

@@ -1,5 +1,6 @@
 //! Functions of the guest, at the addresses where they run: the kernel's own, and those of modules.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::PatchError;
@@ -8,7 +9,7 @@ use super::knowledge::Knowledge;
 use super::module_text::ModuleText;
 use crate::guest::{Gva, LinkAddr, Slide};
 use crate::symbols::{Site, SiteError};
-use crate::text::Rewriter;
+use crate::text::{Leader, Rewriter};
 
 /// A function of the guest. For what is checked without one, that of a guest that KASLR has not moved.
 #[derive(Clone, Debug)]
@@ -173,6 +174,22 @@ impl Check<'_> {
                 let kernel = &self.know.kernel;
                 let found = self.know.rewritten.overlap(kernel, at.linked(slide), len);
                 found.map(|(site, rewriter)| (site.at(slide), rewriter))
+            }
+        }
+    }
+}
+
+impl Check<'_> {
+    /// Where the guest goes on by itself in `bytes` of `function`, but for the first of them: no jump
+    /// need be in the text that leads there.
+    pub(super) fn leads_into(&self, function: &Function, bytes: &Range<Gva>) -> Vec<(Gva, Leader)> {
+        let slide = self.located.slide;
+        match &function.module {
+            Some(text) => text.sites().leads_into(bytes).collect(),
+            None => {
+                let linked = bytes.start.linked(slide)..bytes.end.linked(slide);
+                let all = self.know.rewritten.leads_into(&linked);
+                all.map(|(to, leader)| (to.at(slide), leader)).collect()
             }
         }
     }

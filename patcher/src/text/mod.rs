@@ -27,6 +27,6 @@ pub use kprobes::KprobesLayout;
 pub use module_sites::{ModuleSites, ModuleTables};
 pub use regions::{RegionError, Regions};
 pub use survey::{FunctionVerdict, Survey, Surveyor};
-pub use tables::{Rewriter, Rewritten};
+pub use tables::{Leader, Rewriter, Rewritten};
 pub use write::WriteError;
 pub(crate) use write::write;

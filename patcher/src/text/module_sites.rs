@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::tables::{DISTANCE, Rewriter, first_overlap, places};
+use super::tables::{DISTANCE, Leader, Rewriter, first_overlap, inside, places};
 use crate::Kernel;
 use crate::guest::Gva;
 use crate::space::{Space, SpaceError};
@@ -36,12 +36,16 @@ struct Table {
     /// Bytes of an entry.
     entry: u64,
     rewriter: Rewriter,
+    /// Offset of the distance to where the module goes on by itself.
+    leads: Option<(u64, Leader)>,
 }
 
 /// What there is in the text of one module.
 #[derive(Clone, Debug, Default)]
 pub struct ModuleSites {
     sites: Vec<(u64, Rewriter)>,
+    /// Where it goes on by itself.
+    leads: Vec<(u64, Leader)>,
     forbidden: Vec<(&'static str, Range<Gva>)>,
     blacklist: Vec<Gva>,
 }
@@ -55,22 +59,22 @@ impl ModuleTables {
             (
                 "jump_entries",
                 "num_jump_entries",
-                "jump_entry",
+                ("jump_entry", Some(("target", Leader::JumpLabel))),
                 Rewriter::JumpLabel,
             ),
             (
                 "static_call_sites",
                 "num_static_call_sites",
-                "static_call_site",
+                ("static_call_site", None),
                 Rewriter::StaticCall,
             ),
             (
                 "extable",
                 "num_exentries",
-                "exception_table_entry",
+                ("exception_table_entry", Some(("fixup", Leader::Fault))),
                 Rewriter::Fixup,
             ),
-            ("bug_table", "num_bugs", "bug_entry", Rewriter::Bug),
+            ("bug_table", "num_bugs", ("bug_entry", None), Rewriter::Bug),
         ];
         let forbidden = [
             ("noinstr text", "noinstr_text_start", "noinstr_text_size"),
@@ -79,11 +83,16 @@ impl ModuleTables {
         Self {
             tables: tables
                 .into_iter()
-                .filter_map(|(start, len, entry, rewriter)| {
+                .filter_map(|(start, len, (entry, leads), rewriter)| {
+                    let member = |(member, leader)| {
+                        let member = types.field(entry, member);
+                        member.map(|member| (member.offset, leader))
+                    };
                     Some(Table {
                         array: array(types, start, len)?,
                         entry: types.size_of(entry).ok().filter(|&size| size >= DISTANCE)?,
                         rewriter,
+                        leads: leads.map(member).transpose().ok()?,
                     })
                 })
                 .collect(),
@@ -114,10 +123,15 @@ impl ModuleTables {
         for table in &self.tables {
             let (start, count) = extent(&table.array)?;
             let bytes = bytes(start, count, table.entry)?;
-            let at = places(start.0, &bytes, table.entry);
+            let at = places(start.0, &bytes, table.entry, 0);
             found.sites.extend(at.map(|at| (at, table.rewriter)));
+            if let Some((member, leader)) = table.leads {
+                let at = places(start.0, &bytes, table.entry, member);
+                found.leads.extend(at.map(|at| (at, leader)));
+            }
         }
         found.sites.sort_by_key(|&(at, _)| at);
+        found.leads.sort_by_key(|&(at, _)| at);
         for (what, array) in &self.forbidden {
             let (start, len) = extent(array)?;
             found.forbidden.push((what, start..start.offset(len)));
@@ -147,6 +161,13 @@ impl ModuleSites {
         };
         let (site, rewriter) = first_overlap(&self.sites, at.0, len, size)?;
         Some((Gva(site), rewriter))
+    }
+
+    /// Where the module goes on by itself in `bytes`, but for the first of them: no jump need be in the
+    /// text that leads there.
+    pub fn leads_into(&self, bytes: &Range<Gva>) -> impl Iterator<Item = (Gva, Leader)> {
+        let all = inside(&self.leads, bytes.start.0, bytes.end.0);
+        all.map(|(to, leader)| (Gva(to), leader))
     }
 
     /// What part of the text that probes are kept out of `bytes` touch: by section, or as the

@@ -5,6 +5,8 @@
 //! kernel's file gives link addresses that hold whatever the slide; the boot sorts the tables, and
 //! the places stay.
 
+use std::ops::Range;
+
 use crate::Kernel;
 use crate::guest::LinkAddr;
 use crate::space::{LayoutError, optional, optional_range};
@@ -58,6 +60,8 @@ struct Table {
     /// Without a name, nothing but the distance.
     entry: Option<&'static str>,
     rewriter: Rewriter,
+    /// The member that is the distance to where the kernel goes on by itself.
+    leads: Option<(&'static str, Leader)>,
 }
 
 /// `struct jump_entry` with relative entries, `struct static_call_site`,
@@ -70,6 +74,7 @@ const TABLES: [Table; 5] = [
         end: "__stop___jump_table",
         entry: Some("jump_entry"),
         rewriter: Rewriter::JumpLabel,
+        leads: Some(("target", Leader::JumpLabel)),
     },
     Table {
         name: "table of static calls",
@@ -77,6 +82,7 @@ const TABLES: [Table; 5] = [
         end: "__stop_static_call_sites",
         entry: Some("static_call_site"),
         rewriter: Rewriter::StaticCall,
+        leads: None,
     },
     Table {
         name: "exception table",
@@ -84,6 +90,7 @@ const TABLES: [Table; 5] = [
         end: "__stop___ex_table",
         entry: Some("exception_table_entry"),
         rewriter: Rewriter::Fixup,
+        leads: Some(("fixup", Leader::Fault)),
     },
     Table {
         name: "table of bugs",
@@ -91,6 +98,7 @@ const TABLES: [Table; 5] = [
         end: "__stop___bug_table",
         entry: Some("bug_entry"),
         rewriter: Rewriter::Bug,
+        leads: None,
     },
     Table {
         name: "table of lock prefixes",
@@ -98,6 +106,7 @@ const TABLES: [Table; 5] = [
         end: "__smp_locks_end",
         entry: None,
         rewriter: Rewriter::SmpLock,
+        leads: None,
     },
 ];
 
@@ -105,18 +114,56 @@ const TABLES: [Table; 5] = [
 #[derive(Clone, Debug, Default)]
 pub struct Rewritten {
     sites: Vec<(u64, Rewriter)>,
+    /// Where it goes on by itself.
+    leads: Vec<(u64, Leader)>,
 }
 
-/// The places that the entries of a table at `start` are about, each `entry` bytes long: each begins
-/// with the distance to its place.
-pub(super) fn places(start: u64, bytes: &[u8], entry: u64) -> impl Iterator<Item = u64> {
+/// The places that the entries of a table at `start` are about, each `entry` bytes long: `member` bytes
+/// from the start of each is the distance from there to its place.
+pub(super) fn places(
+    start: u64,
+    bytes: &[u8],
+    entry: u64,
+    member: u64,
+) -> impl Iterator<Item = u64> {
     let len = usize::try_from(entry).unwrap_or(usize::MAX).max(1);
+    let skip = usize::try_from(member).unwrap_or(usize::MAX);
     let entries = (0..).zip(bytes.chunks_exact(len));
     entries.filter_map(move |(index, raw): (u64, &[u8])| {
-        let distance = i32::from_le_bytes(*raw.first_chunk()?);
-        let at = start.wrapping_add(index.wrapping_mul(entry));
+        let distance = i32::from_le_bytes(*raw.get(skip..)?.first_chunk()?);
+        let at = start.wrapping_add(index.wrapping_mul(entry).wrapping_add(member));
         Some(at.wrapping_add_signed(distance.into()))
     })
+}
+
+/// What leads somewhere without a jump that need be in the text.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Leader {
+    /// A jump label that is off: the guest writes the jump when it is switched on.
+    JumpLabel,
+    /// A fault that the exception table expects.
+    Fault,
+}
+
+impl std::fmt::Display for Leader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::JumpLabel => "a jump label leads there when the guest switches it",
+            Self::Fault => "the exception table leads there after a fault",
+        })
+    }
+}
+
+/// Those of sorted `leads` that are behind `start` and before `end`.
+pub(super) fn inside(
+    leads: &[(u64, Leader)],
+    start: u64,
+    end: u64,
+) -> impl Iterator<Item = (u64, Leader)> {
+    let first = leads.partition_point(|&(at, _)| at <= start);
+    let behind = leads.get(first..).unwrap_or_default().iter().copied();
+    behind.take_while(move |&(at, _)| at < end)
 }
 
 /// The first of sorted `sites` that `len` bytes at `at` overlap, where `size` tells how long its
@@ -145,6 +192,7 @@ impl Rewritten {
             .into_iter()
             .filter_map(|name| Some((optional(kernel.symbols(), name)?.0, Rewriter::Ftrace)))
             .collect();
+        let mut leads = Vec::new();
         for table in TABLES {
             let Some(range) = optional_range(kernel, table.start, table.end) else {
                 continue;
@@ -162,11 +210,17 @@ impl Rewritten {
             if size < DISTANCE {
                 return Err(unknown());
             }
-            let at = places(range.start.0, bytes, size);
+            let at = places(range.start.0, bytes, size, 0);
             sites.extend(at.map(|at| (at, table.rewriter)));
+            if let (Some(entry), Some((member, leader))) = (table.entry, table.leads) {
+                let member = kernel.types().field(entry, member)?.offset;
+                let at = places(range.start.0, bytes, size, member);
+                leads.extend(at.map(|at| (at, leader)));
+            }
         }
         sites.sort_by_key(|&(at, _)| at);
-        Ok(Self { sites })
+        leads.sort_by_key(|&(at, _)| at);
+        Ok(Self { sites, leads })
     }
 
     /// The first such place that `len` bytes at `at` overlap. How long its instruction is, the
@@ -179,6 +233,13 @@ impl Rewritten {
         };
         let (site, rewriter) = first_overlap(&self.sites, at.0, len, size)?;
         Some((LinkAddr(site), rewriter))
+    }
+
+    /// Where the kernel goes on by itself in `bytes`, but for the first of them: no jump need be in the
+    /// text that leads there.
+    pub fn leads_into(&self, bytes: &Range<LinkAddr>) -> impl Iterator<Item = (LinkAddr, Leader)> {
+        let all = inside(&self.leads, bytes.start.0, bytes.end.0);
+        all.map(|(to, leader)| (LinkAddr(to), leader))
     }
 
     /// How many there are.

@@ -413,3 +413,27 @@ fn a_permanent_site_stays_hooked_without_probes() {
         assert_eq!(guest.get(start, 16), before);
     }
 }
+
+#[test]
+fn where_a_jump_label_leads_no_jump_covers() {
+    for name in KERNELS {
+        let mut guest = guest(name);
+        let mut patcher = patcher(&guest);
+        let mut led = Vec::new();
+        for offset in 5..0x200 {
+            let site = format!("kernel_clone+{offset:#x}").parse().unwrap();
+            let prepared = patcher.prepare_probe(ProbeRequest::counting(site));
+            let Ok(prepared) = prepared else { continue };
+            match patcher.attach_probe(&mut guest.image, &prepared, &origin()) {
+                Ok(new) => {
+                    detach(&mut patcher, &mut guest, new.probe.id).unwrap();
+                }
+                Err(error @ PatchError::LedInside { .. }) => led.push(error.to_string()),
+                Err(_) => {}
+            }
+        }
+        // The tracepoint of a fork is in it, out of line behind a short jump.
+        assert!(!led.is_empty(), "{name}");
+        assert!(led[0].contains("a jump label leads there"), "{}", led[0]);
+    }
+}
