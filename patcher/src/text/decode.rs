@@ -205,6 +205,35 @@ pub(crate) fn entry_site(start: Gva, code: &[u8]) -> EntrySite {
     }
 }
 
+/// Offsets of instructions of at least `least` bytes that everybody comes to who enters the function:
+/// behind the place of ftrace's nop, whatever is there now, and before the function jumps, calls or
+/// locks anything.
+pub(crate) fn on_the_way_in(start: Gva, code: &[u8], least: usize) -> Vec<usize> {
+    let from = match entry_site(start, code) {
+        EntrySite::Nop(at) => at + NOP5.len(),
+        // What ftrace has put there is a call.
+        EntrySite::Other(at) if code.get(at) == Some(&0xe8) => at + NOP5.len(),
+        EntrySite::Other(at) => at,
+    };
+    let rest = code.get(from..).unwrap_or_default();
+    let ip = start.offset(from as u64).0;
+    let mut decoder = Decoder::with_ip(64, rest, ip, DecoderOptions::NONE);
+    let mut found = Vec::new();
+    while decoder.can_decode() {
+        let at = from + decoder.position();
+        let instruction = decoder.decode();
+        let goes_on = instruction.flow_control() == FlowControl::Next;
+        let locks = instruction.has_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg;
+        if !goes_on || locks {
+            break;
+        }
+        if instruction.len() >= least {
+            found.push(at);
+        }
+    }
+    found
+}
+
 /// Bytes as people write them: `0f 1f 44 00 00`.
 #[must_use]
 pub fn hex(bytes: &[u8]) -> String {
@@ -286,6 +315,21 @@ mod tests {
         assert_eq!(found, [(at(0), at(4)), (at(2), at(4)), (at(6), at(4))]);
         assert!(branches_into(START, &code, &(at(5)..at(6))).is_empty());
         assert!(branches_into(START, &[0x06, 0xeb], &(at(0)..at(9))).is_empty());
+    }
+
+    #[test]
+    fn what_everybody_comes_to_is_behind_the_entry_and_before_the_first_call() {
+        // push %rbp; mov $0x11223344,%rbx; mov %gs:0x10,%rax; push %rbx; call; mov $1,%eax
+        let body: &[u8] = &[
+            0x55, 0x48, 0xc7, 0xc3, 0x44, 0x33, 0x22, 0x11, 0x65, 0x48, 0x8b, 0x04, 0x25, 0x10, 0,
+            0, 0, 0x53, 0xe8, 0, 0, 0, 0, 0xb8, 1, 0, 0, 0,
+        ];
+        let at = |entry: &[u8]| on_the_way_in(Gva(0x1000), &[entry, body].concat(), 5);
+        assert_eq!(at(&NOP5), [6, 13]);
+        assert_eq!(at(&[0xe8, 1, 2, 3, 4]), [6, 13], "while it is traced");
+        assert_eq!(at(&[0x0f, 0x1f, 0x40, 0, 0xe8, 1, 2, 3, 4]), [10, 17]);
+        assert_eq!(at(&[]), [1, 8]);
+        assert_eq!(at(&[0xf0, 0x48, 0xff, 0x00]), [0; 0], "a locked one");
     }
 
     #[test]

@@ -20,7 +20,7 @@ pub use busy::{Busy, BusyError, BusyLayout};
 pub use decode::{DecodeError, hex};
 pub(crate) use decode::{
     EntrySite, MAX_INSTRUCTION, NOP5, boundaries, branches_into, entry_site, indirect_jump,
-    instruction_len, leaves, whole,
+    instruction_len, leaves, on_the_way_in, whole,
 };
 pub use ftrace::{FtraceError, FtraceLayout, FtraceRecord};
 pub use kprobes::KprobesLayout;

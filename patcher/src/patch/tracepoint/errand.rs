@@ -12,15 +12,19 @@ use crate::arena::Slot;
 use crate::guest::{GuestMemory, StoppedGuest};
 use crate::probe::{Call, Errand, Needs, Variables, errand_data};
 use crate::space::Located;
+use crate::symbols::Site;
+use crate::text::{NOP5, on_the_way_in};
 
-/// Where every running kernel comes by often: in the interrupt of its timer. The first of these that
-/// it has, and that nobody else uses, is taken.
+/// What every running kernel calls often: in the interrupt of its timer. A place in the first of
+/// these that it has is taken that nobody else uses.
 const OFTEN: [&str; 4] = [
     "hrtimer_interrupt",
-    "tick_handle_periodic",
     "update_process_times",
     "schedule",
+    "tick_handle_periodic",
 ];
+/// How many bytes of such a function are looked at for a place.
+const LOOKED_AT: u64 = 64;
 /// Work items of the kernel's own that are never queued while it lives: what ours has to look like.
 /// Where there are several, any will do.
 const PATTERN: &str = "poweroff_work";
@@ -120,7 +124,7 @@ impl Patcher {
         };
         let code = self.work(guest, found, means, (&errand, data), calls);
         let begun = code.and_then(|code| {
-            let trigger = self.trigger(guest, means, errand.trigger(), origin);
+            let trigger = self.trigger(guest, found, means, errand.trigger(), origin);
             match trigger {
                 Ok(probe) => Ok(Begun {
                     probe,
@@ -193,16 +197,39 @@ impl Patcher {
         }
     }
 
+    /// Places that the guest comes by often. Inside a function its tracer is not in the way, nor in
+    /// its.
+    fn often(&self, guest: &dyn StoppedGuest, found: &Located) -> Result<Vec<Site>, PatchError> {
+        let check = self.check(found, guest);
+        let mut all = Vec::new();
+        for name in OFTEN {
+            let Ok(Resolved::Linked(link)) = self.know.resolve(name) else {
+                continue;
+            };
+            let Some(function) = self.know.function(link, found.slide) else {
+                continue;
+            };
+            let end = function.start.offset(function.size.min(LOOKED_AT));
+            let code = check.code(&function, end)?;
+            let offsets = on_the_way_in(function.start, &code, NOP5.len());
+            all.extend(offsets.iter().map(|offset| format!("{name}+{offset:#x}")));
+            all.push(name.to_owned());
+        }
+        let all = all.into_iter();
+        all.map(|site| site.parse().map_err(|_| PatchError::Request(site)))
+            .collect()
+    }
+
     fn trigger(
         &mut self,
         guest: &mut dyn StoppedGuest,
+        found: &Located,
         means: &Means,
         code: Code,
         origin: &Origin,
     ) -> Result<EntryId, PatchError> {
         let mut refused = None;
-        for name in OFTEN {
-            let site = name.parse().map_err(|_| PatchError::Request(name.into()))?;
+        for site in self.often(guest, found)? {
             let prepared = PreparedProbe::internal(
                 &self.know,
                 site,
