@@ -1,10 +1,15 @@
 //! Callbacks on the guest's own tracepoints, beside the guest's own users of them.
 
+mod alternating;
+mod random;
+mod system_calls;
+mod toggling;
+
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use stillpoint_tests::{
-    Failure, Guest, Qmp, QmpError, TestResult, all_freed, on_kvm, replacement, take_sum,
+    Failure, Guest, Qmp, QmpError, TestResult, all_freed, all_or, on_kvm, replacement, take_sum,
 };
 
 fn attach(qmp: &mut Qmp, arguments: Value) -> Result<u64, Failure> {
@@ -36,12 +41,37 @@ fn traced(guest: &Guest, event: &str) -> Result<u64, Failure> {
     parsed.map_err(|_| Failure::new(format!("no number: {said}")))
 }
 
-fn beside_the_guest(kernel: &str, rounds: u32) -> TestResult {
+/// The guest complains about nothing, its allocator neither.
+fn silent(guest: &Guest) -> TestResult {
+    assert_eq!(guest.complaints()?, "");
+    let slabs = guest.sh("dmesg | grep -E 'Redzone|Poison|Object padding|already free' || true")?;
+    assert_eq!(slabs, "");
+    Ok(())
+}
+
+/// How often each kind of thing is done in one guest.
+struct Rounds {
+    /// On and off, while the guest's own comes and goes.
+    both: u32,
+    /// Additions and removals by guest and host.
+    alternating: usize,
+    /// On and off, while the guest changes its text.
+    toggling: u32,
+}
+
+fn in_one_guest(kernel: &str, rounds: &Rounds) -> TestResult {
     let guest = Guest::boot(kernel)
         .cpus(2)
         .cmdline("slub_debug=FZPU")
         .start()?;
     let mut qmp = guest.control()?;
+    beside_the_guest(&guest, &mut qmp, rounds.both)?;
+    system_calls::old_and_new_tasks(&guest, &mut qmp)?;
+    alternating::alternate(&guest, &mut qmp, rounds.alternating)?;
+    toggling::while_text_is_toggled(&guest, &mut qmp, rounds.toggling)
+}
+
+fn beside_the_guest(guest: &Guest, qmp: &mut Qmp, rounds: u32) -> TestResult {
     let five = || guest.sh("for i in 1 2 3 4 5; do /bin/true; done");
     let event = |on: u8| {
         guest.sh(&format!(
@@ -49,22 +79,22 @@ fn beside_the_guest(kernel: &str, rounds: u32) -> TestResult {
         ))
     };
     let name = "sched_process_exec";
-    take_sum(&guest)?;
+    take_sum(guest)?;
     // Alone: 0 to 1 and back. The shell that runs a command is a program as well.
-    let id = attach(&mut qmp, json!({"name": name}))?;
+    let id = attach(qmp, json!({"name": name}))?;
     five()?;
-    assert_eq!(detach(&mut qmp, id)?, 6);
+    assert_eq!(detach(qmp, id)?, 6);
     // Two of ours with their own data, one of the guest's between them, and records of arguments.
     let object = replacement("add").display().to_string();
     let add = |data: u64| json!({"name": name, "object": object, "data": data});
-    let one = attach(&mut qmp, add(1))?;
+    let one = attach(qmp, add(1))?;
     event(1)?;
-    let hundred = attach(&mut qmp, add(10_000))?;
+    let hundred = attach(qmp, add(10_000))?;
     let argument =
         json!({"name": name, "callback": "record", "registers": ["di", "si"], "data": "0x1234"});
-    let records = attach(&mut qmp, argument)?;
+    let records = attach(qmp, argument)?;
     five()?;
-    assert!(traced(&guest, name)? >= 5);
+    assert!(traced(guest, name)? >= 5);
     let told = qmp.execute("query-records", json!({"id": records}))?;
     for record in told["records"].as_array().into_iter().flatten() {
         assert_eq!(record["values"][0], "0x1234", "{record}");
@@ -78,30 +108,30 @@ fn beside_the_guest(kernel: &str, rounds: u32) -> TestResult {
             "who calls exec: {record}"
         );
     }
-    let ones = detach(&mut qmp, one)?;
+    let ones = detach(qmp, one)?;
     event(0)?;
     five()?;
-    let recorded = detach(&mut qmp, records)?;
-    let hundreds = detach(&mut qmp, hundred)?;
+    let recorded = detach(qmp, records)?;
+    let hundreds = detach(qmp, hundred)?;
     assert!(
         ones > 5 && recorded > 11 && hundreds == recorded,
         "{ones} {recorded} {hundreds}"
     );
     assert_eq!(
-        take_sum(&guest)?,
+        take_sum(guest)?,
         i64::try_from(ones + 10_000 * hundreds)?,
         "each its own data"
     );
-    all_freed(&mut qmp)?;
+    all_freed(qmp)?;
     // One that has to be switched on.
-    let calls = attach(&mut qmp, json!({"name": "sys_enter", "if": "dx==39"}))?;
-    let all = attach(&mut qmp, json!({"name": "sys_enter"}))?;
+    let calls = attach(qmp, json!({"name": "sys_enter", "if": "dx==39"}))?;
+    let all = attach(qmp, json!({"name": "sys_enter"}))?;
     guest.sh("true")?;
     // A shell asks for its pid once.
-    let pids = hits(&mut qmp, calls)?;
+    let pids = hits(qmp, calls)?;
     assert!((1..10).contains(&pids), "{pids}");
-    assert!(detach(&mut qmp, all)? > 20);
-    detach(&mut qmp, calls)?;
+    assert!(detach(qmp, all)? > 20);
+    detach(qmp, calls)?;
 
     // Both in turns, while it is hit.
     guest.sh(&format!(
@@ -112,12 +142,12 @@ fn beside_the_guest(kernel: &str, rounds: u32) -> TestResult {
     let mut longest = Duration::ZERO;
     for _ in 0..rounds {
         let begun = Instant::now();
-        let id = attach(&mut qmp, add(1))?;
-        detach(&mut qmp, id)?;
+        let id = attach(qmp, add(1))?;
+        detach(qmp, id)?;
         longest = longest.max(begun.elapsed());
     }
     guest.sh("kill $(cat /tmp/busy); sleep 0.5")?;
-    all_freed(&mut qmp)?;
+    all_freed(qmp)?;
 
     for (arguments, word) in [
         (json!({"name": "no_such_tracepoint"}), "BadRequest"),
@@ -138,17 +168,31 @@ fn beside_the_guest(kernel: &str, rounds: u32) -> TestResult {
         qmp.execute("query-tracepoints", json!({}))?["tracepoints"],
         json!([])
     );
-    assert_eq!(guest.complaints()?, "");
+    silent(guest)?;
     println!("tracepoints: {rounds} times on and off beside the guest's own, {longest:?} at most");
     Ok(())
 }
 
 #[test]
 fn tracepoint_transitions_on_6_12() -> TestResult {
-    on_kvm(|| beside_the_guest("6.12", 10))
+    on_kvm(|| {
+        let rounds = Rounds {
+            both: 10,
+            alternating: all_or(1000, 100),
+            toggling: all_or(50, 4),
+        };
+        in_one_guest("6.12", &rounds)
+    })
 }
 
 #[test]
 fn tracepoint_transitions_on_6_1() -> TestResult {
-    on_kvm(|| beside_the_guest("6.1", 5))
+    on_kvm(|| {
+        let rounds = Rounds {
+            both: 5,
+            alternating: all_or(1000, 100),
+            toggling: all_or(50, 4),
+        };
+        in_one_guest("6.1", &rounds)
+    })
 }
