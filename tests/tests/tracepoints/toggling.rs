@@ -57,7 +57,7 @@ fn begin(guest: &Guest) -> TestResult {
     guest.sh(": >/tmp/toggle")?;
     for (name, file, [on, off]) in TOGGLED {
         guest.sh(&format!(
-            "(while [ -e /tmp/toggle ]; do echo {on} >{file}; echo {off} >{file}; n=$((n+1)); done; \
+            "(f={file}; while [ -e /tmp/toggle ]; do echo {on} >$f; echo {off} >$f; n=$((n+1)); done; \
              echo $n >/tmp/{name}) >/dev/null 2>&1 &"
         ))?;
     }
