@@ -179,7 +179,7 @@ fn tracepoint_transitions_on_6_12() -> TestResult {
         let rounds = Rounds {
             both: 10,
             alternating: all_or(1000, 100),
-            toggling: all_or(50, 4),
+            toggling: all_or(20, 1),
         };
         in_one_guest("6.12", &rounds)
     })
@@ -191,7 +191,7 @@ fn tracepoint_transitions_on_6_1() -> TestResult {
         let rounds = Rounds {
             both: 5,
             alternating: all_or(1000, 100),
-            toggling: all_or(50, 4),
+            toggling: all_or(20, 1),
         };
         in_one_guest("6.1", &rounds)
     })
