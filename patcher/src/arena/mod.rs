@@ -5,7 +5,8 @@
 //! page tables read-execute) and one for data (read-write, never executable). Both are mapped by
 //! large entries in page tables that all of the guest's address spaces share, at addresses that
 //! the kernel never uses (see [`place`]). Guaranteed: an entry is only filled when it was zero, and
-//! zeroed again only when it still is what was written, but for what the CPU notes in it; empty code is `int3`.
+//! zeroed again only when it still is what was written, but for what the CPU notes in it; empty
+//! code is `int3`.
 //!
 //! Not present to present needs no TLB flush (Intel SDM volume 3, 4.10.2.3); the other way, the
 //! hypervisor flushes when it takes the block away.

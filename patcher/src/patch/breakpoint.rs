@@ -123,8 +123,7 @@ impl Patcher {
         check.idle()?;
         let site = &request.site;
         let link = site.resolve(self.know.kernel.symbols())?;
-        let at = check.address(site, link)?;
-        let function = check.function(at, 1, site)?;
+        let (at, function) = check.target(site, link, 1)?;
         let asked = if request.soft { None } else { Some(at) };
         if let Some(shared) = asked.and_then(|at| self.shared(at)) {
             return Ok(shared);

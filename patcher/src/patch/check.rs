@@ -151,19 +151,21 @@ impl Check<'_> {
         new: &[u8],
     ) -> Result<(), PatchError> {
         let begins = whole(bytes.start, new)?;
+        let is_cut = |to: Gva| {
+            let offset = usize::try_from(to.distance_from(bytes.start)).unwrap_or(0);
+            offset != 0 && !begins.contains(&offset)
+        };
         for part in self.know.parts(function, self.located.slide) {
             let end = part.start.offset(part.size.min(MAX_FUNCTION));
             let code = self.code(&part, end)?;
             for (from, to) in branches_into(part.start, &code, bytes) {
-                let offset = usize::try_from(to.distance_from(bytes.start)).unwrap_or(0);
-                if offset != 0 && !begins.contains(&offset) {
+                if is_cut(to) {
                     return Err(PatchError::JumpInside { from, to });
                 }
             }
         }
         for (to, leader) in self.leads_into(function, bytes) {
-            let offset = usize::try_from(to.distance_from(bytes.start)).unwrap_or(0);
-            if !begins.contains(&offset) {
+            if is_cut(to) {
                 return Err(PatchError::LedInside { to, leader });
             }
         }

@@ -90,11 +90,28 @@ impl Knowledge {
 }
 
 impl Check<'_> {
-    /// Where `site` is, of which `link` is known where it names a symbol of the kernel.
-    pub(super) fn address(&self, site: &Site, link: Option<LinkAddr>) -> Result<Gva, PatchError> {
-        match (link, site) {
-            (Some(link), _) => Ok(link.at(self.located.slide)),
-            (None, Site::Address(at)) => Ok(*at),
+    /// Where `site` is, of which `link` is known where it names a symbol of the kernel, and the function
+    /// that it is in, when `len` bytes of its text may be changed there.
+    pub(super) fn target(
+        &self,
+        site: &Site,
+        link: Option<LinkAddr>,
+        len: u64,
+    ) -> Result<(Gva, Function), PatchError> {
+        let (at, function) = self.place(site, link, len)?;
+        Ok((at, function.ok_or_else(|| in_no_function(site))?))
+    }
+
+    /// The same; without a function where the text of the kernel is in none.
+    pub(super) fn place(
+        &self,
+        site: &Site,
+        link: Option<LinkAddr>,
+        len: u64,
+    ) -> Result<(Gva, Option<Function>), PatchError> {
+        let at = match (link, site) {
+            (Some(link), _) => link.at(self.located.slide),
+            (None, Site::Address(at)) => *at,
             (
                 None,
                 Site::Symbol {
@@ -108,12 +125,14 @@ impl Check<'_> {
                 let text = text.ok_or_else(|| SiteError::NoModule {
                     module: module.clone(),
                 })?;
-                Ok(text.resolve(name, *position, *offset)?)
+                let at = text.resolve(name, *position, *offset)?;
+                return Ok((at, Some(text.check(at, len, site)?)));
             }
             (None, Site::Symbol { .. }) => {
-                Err(PatchError::Request(format!("{site} has no address")))
+                return Err(PatchError::Request(format!("{site} has no address")));
             }
-        }
+        };
+        Ok((at, self.text(at, len, site)?))
     }
 
     /// The function that `at` is in, when `len` bytes of its text may be changed there.
@@ -128,7 +147,7 @@ impl Check<'_> {
     }
 
     /// The same; `None` where the text of the kernel is in no function.
-    pub(super) fn text(
+    fn text(
         &self,
         at: Gva,
         len: u64,
@@ -177,9 +196,7 @@ impl Check<'_> {
             }
         }
     }
-}
 
-impl Check<'_> {
     /// Where the guest goes on by itself in `bytes` of `function`, but for the first of them: no jump
     /// need be in the text that leads there.
     pub(super) fn leads_into(&self, function: &Function, bytes: &Range<Gva>) -> Vec<(Gva, Leader)> {

@@ -38,23 +38,12 @@ impl ModuleTexts {
         texts.clone()
     }
 
-    /// The text of `module`, read now if it has not been.
-    fn get(
-        &self,
-        know: &Knowledge,
-        space: &Space<'_>,
-        module: &Module,
-    ) -> Result<Arc<ModuleText>, PatchError> {
+    fn keep(&self, text: Arc<ModuleText>) {
         let mut texts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = texts.iter().find(|text| text.is(module)) {
-            return Ok(known.clone());
-        }
-        let text = Arc::new(ModuleText::read(know, space, module.clone())?);
         if texts.len() >= KEPT {
             texts.remove(0);
         }
-        texts.push(text.clone());
-        Ok(text)
+        texts.push(text);
     }
 }
 
@@ -215,8 +204,11 @@ impl Check<'_> {
                 return Ok(Some(text));
             }
         }
-        let module = layout.find(&space, self.located, wanted)?;
-        let text = module.map(|module| self.modules.get(self.know, &space, &module));
-        text.transpose()
+        let Some(module) = layout.find(&space, self.located, wanted)? else {
+            return Ok(None);
+        };
+        let text = Arc::new(ModuleText::read(self.know, &space, module)?);
+        self.modules.keep(text.clone());
+        Ok(Some(text))
     }
 }

@@ -93,8 +93,7 @@ impl PreparedRedirect {
 
     pub(super) fn check(&self, check: &Check<'_>, ledger: &Ledger) -> Result<Ready, PatchError> {
         check.idle()?;
-        let start = check.address(&self.site, self.link)?;
-        let function = check.function(start, ENTRY, &self.site)?;
+        let (start, function) = check.target(&self.site, self.link, ENTRY)?;
         let function = begins(function, start, &self.site)?;
         let entry = match self.link {
             Some(_) => self.entry,

@@ -76,10 +76,9 @@ impl PreparedText {
     pub(super) fn check(&self, check: &Check<'_>, ledger: &Ledger) -> Result<Ready, PatchError> {
         let request = &self.request;
         check.idle()?;
-        let at = check.address(&request.site, self.link)?;
         let len = request.write.len();
+        let (at, function) = check.place(&request.site, self.link, len as u64)?;
         let bytes = at..at.offset(len as u64);
-        let function = check.text(at, len as u64, &request.site)?;
         let ftrace = check.owners(ledger, function.as_ref(), at, len as u64)?;
         check.expect(bytes.start, &request.expect)?;
         let instructions = match self.instructions(check, at, function.as_ref()) {

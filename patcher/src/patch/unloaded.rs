@@ -17,9 +17,7 @@ use crate::space::{Located, Space};
 #[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Unloaded {
-    /// The module.
-    pub module: String,
-    /// What has become of it.
+    /// Which module it was, and what has become of it.
     pub why: String,
     /// Changes that were in it, and probes.
     pub changes: Vec<EntryId>,
@@ -78,7 +76,7 @@ impl Patcher {
         if texts.is_empty() {
             return;
         }
-        let mut gone: Vec<(EntryId, Arc<ModuleText>, String)> = Vec::new();
+        let mut gone: Vec<(EntryId, String)> = Vec::new();
         {
             let memory = &&*guest;
             let space = found.space(memory);
@@ -103,21 +101,16 @@ impl Patcher {
                     true if fresh() => "was loaded again",
                     true => continue,
                 };
-                let why = format!("module {} {why}", text.name());
-                gone.push((*id, text.clone(), why));
+                gone.push((*id, format!("module {} {why}", text.name())));
             }
         }
-        for (id, text, why) in gone {
+        for (id, why) in gone {
             self.in_modules.texts.remove(&id);
             let changes = self.lose(guest, id, &why);
             let unloaded = &mut self.in_modules.unloaded;
             match unloaded.iter_mut().find(|known| known.why == why) {
                 Some(known) => known.changes.extend(changes),
-                None => unloaded.push(Unloaded {
-                    module: text.name().to_owned(),
-                    why,
-                    changes,
-                }),
+                None => unloaded.push(Unloaded { why, changes }),
             }
         }
     }

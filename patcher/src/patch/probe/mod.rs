@@ -126,8 +126,7 @@ impl Patcher {
         origin: &Origin,
     ) -> Result<NewProbe, PatchError> {
         let check = self.check(found, guest);
-        let asked = check.address(&prepared.site, prepared.link)?;
-        let function = check.function(asked, JUMP as u64, &prepared.site)?;
+        let (asked, function) = check.target(&prepared.site, prepared.link, JUMP as u64)?;
         let place = place(&check, &function, asked)?;
         let returning = prepared.returning_from(&check, &function, &place)?;
         let at = place.at;

@@ -197,8 +197,8 @@ impl Patcher {
         }
     }
 
-    /// Places that the guest comes by often. Inside a function its tracer is not in the way, nor in
-    /// its.
+    /// Places that the guest comes by often. Inside a function the guest's tracer and we are not in each
+    /// other's way.
     fn often(&self, guest: &dyn StoppedGuest, found: &Located) -> Result<Vec<Site>, PatchError> {
         let check = self.check(found, guest);
         let mut all = Vec::new();

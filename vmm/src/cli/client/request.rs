@@ -220,10 +220,7 @@ fn probe(command: ProbeCommand) -> Result<Request, ClientError> {
                     ("sites", all.collect())
                 }
             };
-            let mut arguments = attach(place, *callback, returns, deadline)?;
-            if let Some(members) = arguments.as_object_mut().filter(|_| permanent) {
-                members.insert("permanent".into(), json!(true));
-            }
+            let arguments = attach(place, *callback, returns, permanent, deadline)?;
             ask("probe-attach", arguments)
         }
         ProbeCommand::Detach { ids, deadline } => {
@@ -250,6 +247,7 @@ fn attach(
     (place, at): (&str, Value),
     options: CallbackOptions,
     returns: ReturnOptions,
+    permanent: bool,
     deadline: Option<Deadline>,
 ) -> Result<Value, ClientError> {
     let kind = match (&options.histogram, &options.record, returns.latency) {
@@ -274,6 +272,7 @@ fn attach(
         "if": options.only_if,
         "if-called": returns.if_called,
         "stack-words": returns.stack_words,
+        "permanent": yes(permanent),
         "data": options.data,
         "priority": options.priority,
         "deadline": deadline.map(|d| d.as_millis()),
@@ -362,6 +361,7 @@ fn tracepoint(command: TracepointCommand) -> Result<Request, ClientError> {
                 ("name", json!(name)),
                 callback,
                 ReturnOptions::default(),
+                false,
                 deadline,
             )?;
             let request = ask("tracepoint-attach", arguments);
