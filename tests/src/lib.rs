@@ -31,6 +31,7 @@ mod needs;
 mod place;
 mod qmp;
 mod ran;
+mod random;
 mod series;
 pub mod tally;
 mod trampolines;
@@ -50,7 +51,8 @@ pub use place::{
 };
 pub use qmp::{Qmp, QmpError, refusal};
 pub use ran::Ran;
-pub use trampolines::{all_freed, functions, take_sum};
+pub use random::{Random, seed};
+pub use trampolines::{all_freed, attach_probe, detach_probes, functions, take_sum};
 
 /// How long anything in a test may take that ought to happen soon. Generous: level 1 of the lab
 /// shares its one CPU among all vCPUs, and the host may be busy.

@@ -3,9 +3,35 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{Failure, Guest, Qmp, TestResult};
+
+/// Attaches a probe, with `more` members of the request. Tells its number.
+///
+/// # Errors
+///
+/// When it is refused.
+pub fn attach_probe(qmp: &mut Qmp, site: &str, more: Value) -> Result<u64, Failure> {
+    let mut request = json!({ "site": site });
+    if let (Some(request), Value::Object(more)) = (request.as_object_mut(), more) {
+        request.extend(more);
+    }
+    let reply = qmp.execute("probe-attach", request)?;
+    let id = reply["id"].as_u64();
+    id.ok_or_else(|| Failure::new(format!("no number in {reply}")))
+}
+
+/// Detaches probes in one stop. Tells their last counts.
+///
+/// # Errors
+///
+/// When it is refused.
+pub fn detach_probes(qmp: &mut Qmp, ids: &[u64]) -> Result<Vec<u64>, Failure> {
+    let reply = qmp.execute("probe-detach", json!({ "ids": ids }))?;
+    let all = reply["probes"].as_array().into_iter().flatten();
+    Ok(all.filter_map(|probe| probe["hits"].as_u64()).collect())
+}
 
 /// Waits until nothing of ours is in the guest any more, retired code neither.
 ///

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use stillpoint_tests::{Failure, Guest, Qmp, TestResult, all_freed, module_file, on_kvm, refusal};
+use stillpoint_tests::{
+    Failure, Guest, Qmp, TestResult, all_freed, attach_probe, detach_probes, module_file, on_kvm,
+    refusal,
+};
 
 /// A module with a file that any program can read: as often as it is read, so often is [`READ`] called.
 const MODULE: &str = "kernel/fs/binfmt_misc";
@@ -59,19 +62,11 @@ impl Lab {
     }
 
     fn attach(&mut self, site: &str, more: Value) -> Result<u64, Failure> {
-        let mut request = json!({ "site": site });
-        if let (Some(request), Value::Object(more)) = (request.as_object_mut(), more) {
-            request.extend(more);
-        }
-        let reply = self.qmp.execute("probe-attach", request)?;
-        let id = reply["id"].as_u64();
-        id.ok_or_else(|| Failure::new(format!("no number in {reply}")))
+        attach_probe(&mut self.qmp, site, more)
     }
 
     fn detach(&mut self, ids: &[u64]) -> Result<Vec<u64>, Failure> {
-        let reply = self.qmp.execute("probe-detach", json!({ "ids": ids }))?;
-        let all = reply["probes"].as_array().into_iter().flatten();
-        Ok(all.filter_map(|probe| probe["hits"].as_u64()).collect())
+        detach_probes(&mut self.qmp, ids)
     }
 
     fn probes(&mut self) -> Result<Value, Failure> {

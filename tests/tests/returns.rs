@@ -4,7 +4,10 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use stillpoint_tests::{Failure, Guest, Qmp, TestResult, all_freed, on_kvm, replacement, take_sum};
+use stillpoint_tests::{
+    Failure, Guest, Qmp, TestResult, all_freed, attach_probe, detach_probes, on_kvm, replacement,
+    take_sum,
+};
 
 /// One guest and its probes.
 struct Lab {
@@ -14,13 +17,7 @@ struct Lab {
 
 impl Lab {
     fn attach(&mut self, site: &str, more: Value) -> Result<u64, Failure> {
-        let mut request = json!({ "site": site });
-        if let (Some(request), Value::Object(more)) = (request.as_object_mut(), more) {
-            request.extend(more);
-        }
-        let reply = self.qmp.execute("probe-attach", request)?;
-        let id = reply["id"].as_u64();
-        id.ok_or_else(|| Failure::new(format!("no number in {reply}")))
+        attach_probe(&mut self.qmp, site, more)
     }
 
     fn hits(&mut self, id: u64) -> Result<u64, Failure> {
@@ -33,9 +30,7 @@ impl Lab {
 
     /// Detaches in one stop. Tells the last counts.
     fn detach(&mut self, ids: &[u64]) -> Result<Vec<u64>, Failure> {
-        let reply = self.qmp.execute("probe-detach", json!({ "ids": ids }))?;
-        let all = reply["probes"].as_array().into_iter().flatten();
-        Ok(all.filter_map(|probe| probe["hits"].as_u64()).collect())
+        detach_probes(&mut self.qmp, ids)
     }
 
     /// For each CPU, the buckets of a histogram; and how many cycles are a millisecond.

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use stillpoint_tests::{Failure, Qmp, QmpError, TestResult, number, replacement};
 
 use super::figures::Figures;
-use super::random::Random;
 use super::sites::{Place, Sites};
+use stillpoint_tests::Random;
 
 /// So many probes at a time, at the most.
 const MOST: usize = 60;

@@ -1,11 +1,10 @@
 //! Everything at once, for as long as it takes, and a guest that means harm.
 //!
-//! `STILLPOINT_FIRE_SEED` repeats what was chosen, though not who came when; each run prints its seed.
+//! `STILLPOINT_TEST_SEED` repeats what was chosen, though not who came when; each run prints its seed.
 
 mod client;
 mod figures;
 mod load;
-mod random;
 mod sites;
 mod text;
 mod vandal;
@@ -13,16 +12,16 @@ mod vandal;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use stillpoint_tests::{
-    Failure, Guest, Qmp, TestResult, all_freed, all_or, module, on_kvm, on_kvm_with_module,
+    Failure, Guest, Qmp, Random, TestResult, all_freed, all_or, module, on_kvm, on_kvm_with_module,
+    seed,
 };
 
 use client::{Client, Duty};
 use figures::Figures;
-use random::Random;
 use sites::Sites;
 use text::Text;
 use vandal::Vandal;
@@ -30,19 +29,6 @@ use vandal::Vandal;
 /// vCPUs of the guest.
 const CPUS: u32 = 4;
 const KERNEL: &str = "6.12";
-
-/// What to begin with.
-fn seed() -> Result<u64, Failure> {
-    match std::env::var("STILLPOINT_FIRE_SEED") {
-        Ok(text) => text
-            .parse()
-            .map_err(|_| Failure::new(format!("STILLPOINT_FIRE_SEED is no number: {text}"))),
-        Err(_) => {
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-            Ok(u64::from(now.subsec_nanos()) ^ now.as_secs())
-        }
-    }
-}
 
 /// Several clients at once, each on a thread of its own, until `length` is over.
 fn fire(
@@ -172,7 +158,7 @@ fn survives(guest: &Guest, seed: u64, length: Duration) -> TestResult {
 fn under_fire() -> TestResult {
     on_kvm(|| {
         let seed = seed()?;
-        println!("under fire: STILLPOINT_FIRE_SEED={seed}");
+        println!("under fire: STILLPOINT_TEST_SEED={seed}");
         let folder = tempfile::tempdir()?;
         let boot = Guest::boot(KERNEL).cpus(CPUS).memory("512M");
         let guest = load::equipped(boot, folder.path())?.start()?;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 use stillpoint_tests::{Failure, Guest, KernelText, Qmp, number};
 
-use super::random::Random;
+use stillpoint_tests::Random;
 
 /// Functions that a guest comes by often when it does what guest-images/programs/storm.c does.
 const OFTEN: &[&str] = &[

@@ -6,9 +6,8 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use stillpoint_tests::{Failure, Guest, Qmp, TestResult, all_freed, replacement};
+use stillpoint_tests::{Failure, Guest, Qmp, Random, TestResult, all_freed, replacement, seed};
 
-use crate::random::Random;
 use crate::{attach, detach, silent};
 
 const NAME: &str = "sched_process_exec";
@@ -217,9 +216,9 @@ impl Round<'_> {
 
 /// `rounds` additions and removals, half of them the guest's.
 pub(crate) fn alternate(guest: &Guest, qmp: &mut Qmp, rounds: usize) -> TestResult {
-    let random = Random::new();
-    let seed = random.seed();
-    println!("alternating: seed {seed:#x}");
+    let seed = seed()?;
+    let random = Random::new(seed);
+    println!("alternating: seed {seed}");
     let users = 1..GUESTS;
     let instances = users.map(|user| directory(usize::try_from(user).unwrap_or(0)));
     let instances = instances.collect::<Vec<_>>().join(" ");

@@ -1,7 +1,6 @@
 //! Callbacks on the guest's own tracepoints, beside the guest's own users of them.
 
 mod alternating;
-mod random;
 mod system_calls;
 mod toggling;
 
@@ -176,26 +175,23 @@ fn beside_the_guest(guest: &Guest, qmp: &mut Qmp, rounds: u32) -> TestResult {
     Ok(())
 }
 
-#[test]
-fn tracepoint_transitions_on_6_12() -> TestResult {
+fn transitions(kernel: &'static str, both: u32) -> TestResult {
     on_kvm(|| {
         let rounds = Rounds {
-            both: 10,
+            both,
             alternating: all_or(1000, 100),
             toggling: all_or(4, 0),
         };
-        in_one_guest("6.12", &rounds)
+        in_one_guest(kernel, &rounds)
     })
 }
 
 #[test]
+fn tracepoint_transitions_on_6_12() -> TestResult {
+    transitions("6.12", 10)
+}
+
+#[test]
 fn tracepoint_transitions_on_6_1() -> TestResult {
-    on_kvm(|| {
-        let rounds = Rounds {
-            both: 5,
-            alternating: all_or(1000, 100),
-            toggling: all_or(4, 0),
-        };
-        in_one_guest("6.1", &rounds)
-    })
+    transitions("6.1", 5)
 }
